@@ -1,0 +1,1 @@
+"""Engines that route tokens, each behind the same small protocol."""

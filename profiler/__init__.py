@@ -1,0 +1,1 @@
+"""What is recorded and kept: the profile, the recorder, prompt sets and the run loop."""

@@ -1,0 +1,1 @@
+"""Pure functions from arrays to frozen results; numpy and scipy only."""
