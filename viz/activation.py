@@ -1,0 +1,61 @@
+"""Heatmap of how much each expert of each layer is used."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from moescope.stats.activation import Activation
+from moescope.viz import theme
+
+NAMES = {
+    "frequency": "selection frequency",
+    "probability": "mean router probability",
+    "weight": "routing weight share",
+}
+"""What each measure is called in figures and texts."""
+
+COLOUR_PERCENTILE = 99.5
+
+
+def activation_heatmap(views: Sequence[Activation], subject: str = "") -> go.Figure:
+    """Experts across, layers downwards, use as colour; the reader switches between the views.
+
+    Colour starts at 0 and ends at the 99.5th percentile of the view, so that one busy expert does not darken all
+    others; the hover text gives the value itself and its ratio to uniform use, 1/E of the layer.
+
+    Args:
+        views: activations of the same model; the first is shown first.
+        subject: what they were measured on, for the second line of the title.
+    """
+    figure = theme.new_figure("Expert activation by layer", subject, "Expert index", "Layer index")
+    measured = [view for view in views if np.isfinite(view.matrix).any()]
+    if not measured:
+        return theme.say_no_data(figure, "No routed tokens were recorded: there is nothing to show.")
+    for view in measured:
+        figure.add_trace(_heatmap(view))
+    theme.layers_downwards(figure)
+    figure.update_layout(plot_bgcolor=theme.NO_DATA_COLOUR)
+    theme.add_view_buttons(figure, [NAMES[view.kind].capitalize() for view in measured])
+    return figure
+
+
+def _heatmap(view: Activation) -> go.Heatmap:
+    """One view; float32 is more than a colour or a hover text can show and halves the page."""
+    finite = view.matrix[np.isfinite(view.matrix)]
+    ratio = view.matrix * np.asarray(view.experts, dtype=np.float64)[:, None]
+    name = NAMES[view.kind]
+    return go.Heatmap(
+        z=view.matrix.astype(np.float32),
+        x=np.arange(view.matrix.shape[1]),
+        y=theme.layer_labels(view.layers),
+        customdata=ratio.astype(np.float32),
+        name=name,
+        colorscale=theme.SEQUENTIAL,
+        zmin=0.0,
+        zmax=float(np.percentile(finite, COLOUR_PERCENTILE)),
+        colorbar={"title": {"text": name.replace(" ", "<br>", 1)}, "tickformat": ".2~%"},
+        hoverongaps=False,
+        hovertemplate=(
+            f"layer %{{y}}, expert %{{x}}<br>{name} %{{z:.4~%}}<br>%{{customdata:.3~f}} × uniform<extra></extra>"
+        ),
+    )

@@ -1,0 +1,72 @@
+"""The one place that writes: text and figure pages, whole or not at all."""
+
+import os
+from html import escape
+from pathlib import Path
+from string import Template
+from uuid import uuid4
+
+import plotly.graph_objects as go
+import plotly.io as pio
+from plotly.offline import get_plotlyjs
+
+LIBRARY = "plotly.min.js"
+
+PAGE = Template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>html, body { height: 100%; margin: 0; background: white; }</style>
+</head>
+<body>
+$figure
+</body>
+</html>
+""")
+
+
+def write_figure(figure: go.Figure, path: Path, title: str) -> None:
+    """Write a figure as a page that needs no network; `plotly.min.js` lies once beside all pages of a folder.
+
+    Args:
+        figure: what to show.
+        path: the HTML file; its folder must exist.
+        title: title of the page, any text.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    div = pio.to_html(
+        figure,
+        full_html=False,
+        include_plotlyjs="directory",
+        config={"responsive": True, "displaylogo": False},
+        div_id="figure",
+    )
+    _provide_library(path.parent)
+    write_text(path, PAGE.substitute(title=escape(title), figure=div))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name in the same folder, then rename: readers see all of it or nothing.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _provide_library(folder: Path) -> None:
+    """Put plotly.js into the folder unless this very version is there."""
+    library = folder / LIBRARY
+    source = get_plotlyjs()
+    if not library.is_file() or library.read_bytes() != source.encode():
+        write_text(library, source)

@@ -1,0 +1,56 @@
+"""A profile's report: every figure, the summary and the structured data, under their documented names."""
+
+import json
+from pathlib import Path
+
+from moescope.viz.activation import activation_heatmap
+from moescope.viz.correlation import correlation_heatmap
+from moescope.viz.pages import write_figure, write_text
+from moescope.viz.periodicity import periodic_bars, periodic_boxes
+from moescope.viz.report_data import ReportData
+from moescope.viz.similarity import router_cosine_heatmap, router_norm_heatmap
+from moescope.viz.structured import analysis_data, analysis_summary
+from moescope.viz.summary import summary_text
+from moescope.viz.wording import subject
+
+
+def write_report(report: ReportData, folder: Path, *, structured: bool = True) -> list[Path]:
+    """Write the report into a folder, replacing files of the same names; each file appears whole or not at all.
+
+    Args:
+        report: the results.
+        folder: where to write; made if it does not exist.
+        structured: whether to write `analysis_data.json` and `analysis_summary.json` too.
+
+    Returns:
+        The files written, but for `plotly.min.js`, which lies beside them.
+
+    Raises:
+        OSError: if the folder cannot be made or written to.
+    """
+    about = subject(report)
+    figures = {
+        "expert_activation_heatmap.html": activation_heatmap(report.activations, about),
+        "layer_correlation_matrix.html": correlation_heatmap(report.correlation, about),
+        "periodic_pattern_analysis.html": periodic_bars(report.periodic, about),
+        "periodic_pattern_analysis_detailed.html": periodic_boxes(report.periodic, about),
+        "router_similarity_matrix.html": router_cosine_heatmap(report.router_similarity, about),
+        "router_norm_correlation.html": router_norm_heatmap(report.router_similarity, about),
+    }
+    texts = {"summary_report.txt": summary_text(report)}
+    if structured:
+        texts["analysis_data.json"] = _json(analysis_data(report))
+        texts["analysis_summary.json"] = _json(analysis_summary(report), indent=2)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        heading = name.removesuffix(".html").replace("_", " ").capitalize()
+        write_figure(figure, folder / name, f"{heading} · {report.model_id}")
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in (*figures, *texts)]
+
+
+def _json(data: object, indent: int | None = None) -> str:
+    """Strict JSON text with a final newline."""
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"

@@ -1,0 +1,70 @@
+"""What a report is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moescope.stats.activation import Activation, LayerLoad, Measure
+from moescope.stats.correlation import LayerCorrelation
+from moescope.stats.periodicity import PeriodicPatterns
+from moescope.stats.similarity import RouterSimilarity
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReportData:
+    """One profile's results and where they come from.
+
+    Attributes:
+        model_id: name or path of the model.
+        architecture: the model's class, as its configuration names it.
+        scoring: how the router scores experts, such as `softmax` or `sigmoid`.
+        engine: what ran the model, in words: name, device, dtype.
+        versions: version of each package that took part.
+        created: when the profile was recorded, ISO 8601.
+        prompts: prompts run.
+        tokens_by_phase: routed tokens of each phase; their sum is the total.
+        tokens_by_domain: routed tokens of each domain.
+        activations: the recorded measures; the one to be shown first comes first.
+        correlation: layer correlation; its `kind` is the measure chosen.
+        periodic: periodic patterns of that correlation.
+        router_similarity: None where router weights were not read.
+        loads: one load a MoE layer, in model order.
+    """
+
+    model_id: str
+    architecture: str
+    scoring: str
+    engine: str
+    versions: Mapping[str, str]
+    created: str
+    prompts: int
+    tokens_by_phase: Mapping[str, int]
+    tokens_by_domain: Mapping[str, int]
+    activations: tuple[Activation, ...]
+    correlation: LayerCorrelation
+    periodic: PeriodicPatterns
+    router_similarity: RouterSimilarity | None
+    loads: tuple[LayerLoad, ...]
+
+    @property
+    def measure(self) -> Measure:
+        """The activation measure behind correlation and periodic patterns."""
+        return self.correlation.kind
+
+    @property
+    def tokens(self) -> int:
+        """Routed tokens in all phases."""
+        return sum(self.tokens_by_phase.values())
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """True model indices of the MoE layers."""
+        return tuple(load.layer for load in self.loads)
+
+    @property
+    def violations(self) -> tuple[int, ...]:
+        """Layers whose selections do not sum to k·T, or with an expert selected more often than there were tokens."""
+        return tuple(load.layer for load in self.loads if load.tokens != self.tokens or not load.invariant_holds)
+
+    def activation(self, kind: Measure) -> Activation | None:
+        """The activation of this measure, or None if it was not recorded."""
+        return next((view for view in self.activations if view.kind == kind), None)

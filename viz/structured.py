@@ -1,0 +1,222 @@
+"""The results as plain data under the documented keys, strict JSON throughout: a cell without a value is null."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from moescope.stats.activation import Activation, LayerLoad
+from moescope.stats.periodicity import PeriodicPattern
+from moescope.viz.report_data import ReportData
+
+NOT_RECORDED = "not recorded in this profile"
+NO_VARIANCE = "the variance over tokens needs the probabilities of single tokens, which are not kept"
+NO_WEIGHTS = "router weights were not read"
+
+
+def analysis_data(report: ReportData, export_format: str = "json") -> dict[str, Any]:
+    """All results, for `analysis_data.json`.
+
+    The documented keys keep their documented meaning, so `expert_activation` is the mean router probability and is
+    null, with a `reason`, where that was not recorded. Selection frequency and weight share have keys of their own.
+    `measure` names what the correlations rest on; it lies within each interval of `periodic_patterns`, whose own
+    keys are intervals.
+
+    Args:
+        report: the results.
+        export_format: the format it is going to be written in, noted in the metadata.
+
+    Returns:
+        A tree of dict, list, str, int, finite float, bool and None.
+    """
+    data = {
+        "metadata": {
+            "model_info": _model_info(report),
+            "export_format": export_format,
+            "include_raw_data": False,
+            "measure": report.measure,
+            "engine": report.engine,
+            "versions": report.versions,
+            "created": report.created,
+            "prompts": report.prompts,
+            "tokens_by_phase": report.tokens_by_phase,
+            "tokens_by_domain": report.tokens_by_domain,
+            "invariant_holds": not report.violations,
+            "invariant_violations": report.violations,
+        },
+        "expert_activation": _expert_activation(report),
+        "selection_frequency": _activation(report.activation("frequency"), report)
+        | {"per_layer_stats": {str(load.layer): _load(load) for load in report.loads}},
+        "weight_share": _activation(report.activation("weight"), report),
+        "layer_correlation": _layer_correlation(report),
+        "periodic_patterns": {
+            str(pattern.delta): _pattern(pattern, report.measure) for pattern in report.periodic.patterns
+        },
+        "router_similarity": _router_similarity(report),
+    }
+    strict: dict[str, Any] = to_strict_json(data)
+    return strict
+
+
+def analysis_summary(report: ReportData) -> dict[str, Any]:
+    """The key findings, for `analysis_summary.json`.
+
+    Args:
+        report: the results.
+
+    Returns:
+        A tree of dict, list, str, int, finite float, bool and None.
+    """
+    loaded = [load for load in report.loads if load.selections]
+    data = {
+        "model": _model_info(report),
+        "key_findings": {
+            "num_moe_layers": len(report.layers),
+            "measure": report.measure,
+            "periodic_patterns": {
+                str(pattern.delta): {
+                    "mean_correlation": pattern.mean,
+                    "std_correlation": pattern.std,
+                    "num_pairs": pattern.num_pairs,
+                    "strength": pattern.strength,
+                }
+                for pattern in report.periodic.patterns
+            },
+            "invariant_holds": not report.violations,
+            "dead_experts": sum(len(load.dead_experts) for load in loaded),
+            "load_max_over_mean": max((load.max_over_mean for load in loaded), default=None),
+        },
+    }
+    strict: dict[str, Any] = to_strict_json(data)
+    return strict
+
+
+def to_strict_json(value: Any) -> Any:
+    """The value as `json.dumps(…, allow_nan=False)` takes it.
+
+    Arrays and sequences become lists, numpy scalars Python ones, keys text, and numbers that are not finite None.
+
+    Raises:
+        TypeError: if a value has no JSON form.
+    """
+    match value:
+        case None | bool() | str():
+            return value
+        case int() | np.integer():
+            return int(value)
+        case float() | np.floating():
+            return float(value) if math.isfinite(value) else None
+        case np.bool_():
+            return bool(value)
+        case np.ndarray():
+            return to_strict_json(value.tolist())
+        case Mapping():
+            return {str(key): to_strict_json(item) for key, item in value.items()}
+        case Sequence():
+            return [to_strict_json(item) for item in value]
+    raise TypeError(f"a {type(value).__name__} has no JSON form")
+
+
+def _model_info(report: ReportData) -> dict[str, Any]:
+    """The model and how much of it was seen."""
+    return {
+        "num_moe_layers": len(report.layers),
+        "layer_indices": report.layers,
+        "num_experts_per_layer": {load.layer: load.experts for load in report.loads},
+        "top_k_per_layer": {load.layer: load.top_k for load in report.loads},
+        "total_tokens_analyzed": report.tokens,
+        "model_id": report.model_id,
+        "architecture": report.architecture,
+        "scoring": report.scoring,
+    }
+
+
+def _activation(activation: Activation | None, report: ReportData) -> dict[str, Any]:
+    """A matrix by layer and expert; null with a reason where it was not recorded."""
+    if activation is None:
+        return {"matrix": None, "reason": NOT_RECORDED, "layer_indices": report.layers}
+    return {
+        "matrix": activation.matrix,
+        "layer_indices": activation.layers,
+        "measure": activation.kind,
+        "num_tokens": activation.tokens,
+    }
+
+
+def _expert_activation(report: ReportData) -> dict[str, Any]:
+    """Mean router probability, with the documented statistics of each layer."""
+    probability = report.activation("probability")
+    means = dict(zip(probability.layers, probability.matrix, strict=True)) if probability else {}
+    return _activation(probability, report) | {
+        "per_layer_stats": {
+            str(load.layer): {
+                "avg_activation": means[load.layer][: load.experts] if probability else None,
+                "var_activation": None,
+                "num_tokens": probability.tokens if probability else load.tokens,
+                "num_experts": load.experts,
+            }
+            for load in report.loads
+        },
+        "var_activation_reason": NO_VARIANCE,
+    }
+
+
+def _load(load: LayerLoad) -> dict[str, Any]:
+    """How a layer's selections spread."""
+    return {
+        "num_tokens": load.tokens,
+        "num_experts": load.experts,
+        "selections": load.selections,
+        "max_over_mean": load.max_over_mean,
+        "dead_experts": load.dead_experts,
+    }
+
+
+def _layer_correlation(report: ReportData) -> dict[str, Any]:
+    """The matrix by starting layer and distance, and its pairs one by one."""
+    correlation = report.correlation
+    present = set(correlation.layers)
+    pairs = [
+        {"layer_i": layer, "layer_j": layer + delta, "delta": delta, "correlation": r}
+        for layer, row in zip(correlation.layers, correlation.matrix.tolist(), strict=True)
+        for delta, r in zip(correlation.deltas, row, strict=True)
+        if layer + delta in present
+    ]
+    return {
+        "correlation_matrix": correlation.matrix,
+        "deltas": correlation.deltas,
+        "layer_indices": correlation.layers,
+        "layer_pairs": pairs,
+        "measure": correlation.kind,
+    }
+
+
+def _pattern(pattern: PeriodicPattern, measure: str) -> dict[str, Any]:
+    """One interval; `all_correlations` holds the measurable pairs, as many as `num_pairs`."""
+    return {
+        "mean_correlation": pattern.mean,
+        "std_correlation": pattern.std,
+        "num_pairs": pattern.num_pairs,
+        "all_correlations": [r for r in pattern.correlations if math.isfinite(r)],
+        "strength": pattern.strength,
+        "measure": measure,
+    }
+
+
+def _router_similarity(report: ReportData) -> dict[str, Any]:
+    """Similarity of router weights; null with a reason where they were not read."""
+    similarity = report.router_similarity
+    if similarity is None:
+        return {
+            "cosine_similarity_matrix": None,
+            "column_norm_correlation": None,
+            "router_layers": None,
+            "reason": NO_WEIGHTS,
+        }
+    return {
+        "cosine_similarity_matrix": similarity.cosine,
+        "column_norm_correlation": similarity.norm_correlation,
+        "row_cosine": similarity.row_cosine,
+        "deltas": similarity.deltas,
+        "router_layers": similarity.layers,
+    }

@@ -1,0 +1,130 @@
+"""The summary as text."""
+
+from collections.abc import Iterable
+from statistics import median
+from textwrap import wrap
+
+from moescope.stats.activation import LayerLoad
+from moescope.viz.activation import NAMES
+from moescope.viz.report_data import ReportData
+from moescope.viz.wording import by_layer, index_ranges
+
+WIDTH = 100
+LABEL = 16
+
+
+def summary_text(report: ReportData) -> str:
+    """The summary report: model, run, tokens, the count invariant, periodic patterns and load; 100 columns at most."""
+    sections = [
+        _section("Model", _model(report)),
+        _section("Run", _run(report)),
+        _section("Tokens", _tokens(report)),
+        _section("Check", _check(report)),
+        _section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
+        _section("Expert load", _load(report)),
+    ]
+    return "\n".join(["moescope summary", "=" * len("moescope summary"), "", "\n\n".join(sections), ""])
+
+
+def _section(title: str, lines: Iterable[str]) -> str:
+    """A titled block."""
+    return "\n".join([title, "-" * len(title), *lines])
+
+
+def _printable(text: str) -> str:
+    """The text on one line: control characters become spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _clip(text: str, width: int) -> str:
+    """The text, cut with an ellipsis if it is wider."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _field(label: str, value: str) -> list[str]:
+    """A label and its value, wrapped under itself."""
+    lines = wrap(_printable(value), WIDTH - LABEL, break_on_hyphens=False) or ["-"]
+    return [f"{label:<{LABEL}}{lines[0]}", *(f"{'':<{LABEL}}{line}" for line in lines[1:])]
+
+
+def _model(report: ReportData) -> list[str]:
+    """What was measured."""
+    return [
+        *_field("id", report.model_id),
+        *_field("architecture", report.architecture),
+        *_field("scoring", report.scoring),
+        *_field("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
+        *_field("experts", by_layer([load.experts for load in report.loads], report.layers)),
+        *_field("top-k", by_layer([load.top_k for load in report.loads], report.layers)),
+    ]
+
+
+def _run(report: ReportData) -> list[str]:
+    """How it was measured."""
+    return [
+        *_field("engine", report.engine),
+        *_field("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        *_field("recorded", report.created),
+        *_field("prompts", f"{report.prompts:,}"),
+    ]
+
+
+def _tokens(report: ReportData) -> list[str]:
+    """Routed tokens in all, by phase and by domain."""
+    parts = [
+        ("total", report.tokens),
+        *((f"  {phase}", tokens) for phase, tokens in report.tokens_by_phase.items()),
+        *((f"  domain {_printable(domain)}", tokens) for domain, tokens in report.tokens_by_domain.items()),
+    ]
+    return [
+        f"{_clip(name, 48):<48}{tokens:>16,}" + (f"{tokens / report.tokens:>9.1%}" if report.tokens else "")
+        for name, tokens in parts
+    ]
+
+
+def _check(report: ReportData) -> list[str]:
+    """Whether the counts add up to what the requests' lengths say."""
+    if not report.violations:
+        return ["selection counts sum to k·T in every layer: yes"]
+    lines = ["selection counts sum to k·T in every layer: NO - do not trust the numbers below"]
+    return lines + _field("layers at fault", index_ranges(report.violations))
+
+
+def _patterns(report: ReportData) -> list[str]:
+    """One line an interval."""
+    if not report.periodic.patterns:
+        return ["the model has no two MoE layers: not measurable"]
+    lines = [f"{'Δ':>5}{'mean r':>10}{'std':>10}{'pairs':>8}  strength"]
+    for pattern in report.periodic.patterns:
+        measured = pattern.num_pairs > 0
+        mean, std = (f"{pattern.mean:.4f}", f"{pattern.std:.4f}") if measured else ("-", "-")
+        lines.append(f"{pattern.delta:>5}{mean:>10}{std:>10}{pattern.num_pairs:>8}  {pattern.strength}")
+    lines.append("Δ in model layers; r is Pearson over experts; strong > 0.7, moderate > 0.4")
+    return lines
+
+
+def _load(report: ReportData) -> list[str]:
+    """Dead experts and imbalance, in all and layer by layer."""
+    loaded = [load for load in report.loads if load.selections]
+    if not loaded:
+        return ["no expert was selected: not measurable"]
+    dead = sum(len(load.dead_experts) for load in loaded)
+    uneven = max(loaded, key=lambda load: load.max_over_mean)
+    return [
+        *_field("dead experts", f"{dead:,} of {sum(load.experts for load in loaded):,} were never selected"),
+        *_field(
+            "load max/mean",
+            f"median {median(load.max_over_mean for load in loaded):.2f}, "
+            f"highest {uneven.max_over_mean:.2f} in layer {uneven.layer}",
+        ),
+        "",
+        f"{'layer':>7}{'experts':>9}{'max/mean':>10}{'dead':>6}  dead expert ids",
+        *(_load_line(load) for load in report.loads),
+    ]
+
+
+def _load_line(load: LayerLoad) -> str:
+    """One row of the load table."""
+    ratio = f"{load.max_over_mean:.2f}" if load.selections else "-"
+    row = f"{load.layer:>7}{load.experts:>9}{ratio:>10}{len(load.dead_experts):>6}"
+    return _clip(f"{row}  {index_ranges(load.dead_experts)}", WIDTH).rstrip()

@@ -1,0 +1,144 @@
+"""The one look of all figures: colours, type, margins, axes, and what a figure without data says."""
+
+from collections.abc import Sequence
+from html import escape
+
+import plotly.graph_objects as go
+
+SEQUENTIAL = [(0.0, "#19448e"), (0.25, "#4a6fa5"), (0.5, "#7d8db8"), (0.75, "#c49fbb"), (1.0, "#f4b3c2")]
+"""From little to much."""
+
+DIVERGING = [
+    (0.0, "#12356f"),
+    (0.25, "#6f95cb"),
+    (0.5, "#f7f6f3"),
+    (0.75, "#e39a4f"),
+    (1.0, "#8a3f06"),
+]
+"""From -1 over 0 to 1: blue and orange stay apart in every common form of colour blindness."""
+
+STRONG_COLOUR = "#19448e"
+MODERATE_COLOUR = "#7d8db8"
+WEAK_COLOUR = "#c49fbb"
+NEUTRAL_COLOUR = "#9aa3b2"
+INK = "#1f2633"
+FAINT_INK = "#5a6375"
+NO_DATA_COLOUR = "#e9ebef"
+
+FONT_SIZE = 13
+TITLE_SIZE = 20
+MARGIN = {"l": 80, "r": 40, "t": 96, "b": 70}
+BUTTON_ROW = 40
+"""Height in pixels of a row of view buttons between title and plot."""
+
+LONGEST_SUBJECT = 110
+
+_AXIS = {
+    "showgrid": False,
+    "zeroline": False,
+    "ticks": "outside",
+    "ticklen": 4,
+    "tickcolor": NEUTRAL_COLOUR,
+    "linecolor": NEUTRAL_COLOUR,
+    "showline": True,
+    "automargin": True,
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "Inter, 'Helvetica Neue', Arial, sans-serif", "size": FONT_SIZE, "color": INK},
+        "title": {"x": 0.0, "xref": "container", "xanchor": "left", "pad": {"l": 24}, "font": {"size": TITLE_SIZE}},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "margin": MARGIN,
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "hoverlabel": {"bgcolor": "white", "bordercolor": NEUTRAL_COLOUR, "font": {"color": INK, "size": FONT_SIZE}},
+        "colorway": [STRONG_COLOUR, WEAK_COLOUR, MODERATE_COLOUR, "#8a3f06", NEUTRAL_COLOUR],
+    }
+)
+
+
+def new_figure(title: str, subject: str, x_title: str, y_title: str) -> go.Figure:
+    """An empty figure in the common look.
+
+    Args:
+        title: what the figure shows; markup allowed.
+        subject: what it was measured on (model, tokens …); any text, shown as it is, shortened if very long.
+        x_title: title of the horizontal axis.
+        y_title: title of the vertical axis.
+    """
+    shown = subject if len(subject) <= LONGEST_SUBJECT else f"{subject[: LONGEST_SUBJECT - 1]}…"
+    line = f'<br><span style="font-size:{FONT_SIZE}px;color:{FAINT_INK}">{plain(shown)}</span>' if shown else ""
+    figure = go.Figure()
+    figure.update_layout(template=TEMPLATE, title_text=f"{title}{line}", title_y=1.0, title_yanchor="top")
+    figure.update_layout(title_pad_t=20)
+    figure.update_xaxes(title_text=x_title)
+    figure.update_yaxes(title_text=y_title)
+    return figure
+
+
+def plain(text: str) -> str:
+    """User text for a place where plotly would read markup."""
+    return escape("".join(character if character.isprintable() else " " for character in text), quote=False)
+
+
+def layer_labels(layers: Sequence[int]) -> list[str]:
+    """Category labels of layers: true indices stay true where layers are missing in between."""
+    return [str(layer) for layer in layers]
+
+
+def layers_downwards(figure: go.Figure) -> None:
+    """Make the vertical axis one category a layer, the first layer on top."""
+    figure.update_yaxes(type="category", autorange="reversed")
+
+
+def say_no_data(figure: go.Figure, reason: str) -> go.Figure:
+    """Put the reason why there is nothing to see where the data would be."""
+    figure.update_xaxes(showticklabels=False, ticks="")
+    figure.update_yaxes(showticklabels=False, ticks="")
+    figure.update_layout(plot_bgcolor=NO_DATA_COLOUR)
+    figure.add_annotation(
+        text=plain(reason),
+        x=0.5,
+        y=0.5,
+        xref="paper",
+        yref="paper",
+        showarrow=False,
+        font={"size": 16, "color": FAINT_INK},
+    )
+    return figure
+
+
+def add_view_buttons(figure: go.Figure, labels: Sequence[str]) -> None:
+    """Let the reader switch between the figure's traces, one view each; does nothing for a single view."""
+    for index, trace in enumerate(figure.data):
+        trace.visible = index == 0
+    if len(labels) < 2:
+        return
+    buttons = [
+        {
+            "label": label,
+            "method": "restyle",
+            "args": [{"visible": [other == index for other in range(len(labels))]}],
+        }
+        for index, label in enumerate(labels)
+    ]
+    figure.update_layout(
+        margin_t=MARGIN["t"] + BUTTON_ROW,
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "right",
+                "buttons": buttons,
+                "x": 0.0,
+                "xanchor": "left",
+                "y": 1.0,
+                "yanchor": "bottom",
+                "pad": {"b": 10, "l": 0},
+                "bgcolor": "white",
+                "bordercolor": NEUTRAL_COLOUR,
+                "showactive": True,
+            }
+        ],
+    )

@@ -1,0 +1,36 @@
+"""Numbers and lists in words."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from moescope.viz.report_data import ReportData
+
+
+def index_ranges(indices: Sequence[int]) -> str:
+    """Ascending indices, runs shortened: (0, 1, 2, 5) is `0-2, 5`; evenly spaced ones as `1-23 in steps of 2`."""
+    steps = {later - earlier for earlier, later in pairwise(indices)}
+    if len(indices) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{indices[0]}-{indices[-1]} in steps of {steps.pop()}"
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def by_layer(values: Sequence[int], layers: Sequence[int]) -> str:
+    """One number for all layers, or the layers of each number: `64 (layers 1-5), 32 (layers 6-9)`."""
+    if len(set(values)) <= 1:
+        return str(values[0]) if values else "-"
+    groups = {value: [layer for layer, own in zip(layers, values, strict=True) if own == value] for value in values}
+    return ", ".join(f"{value} (layers {index_ranges(members)})" for value, members in groups.items())
+
+
+def subject(report: ReportData) -> str:
+    """The line that says what a figure was measured on."""
+    experts = by_layer([load.experts for load in report.loads], report.layers)
+    top_k = by_layer([load.top_k for load in report.loads], report.layers)
+    depth = len(report.layers)
+    return f"{report.model_id} · {depth} MoE layers · {experts} experts, top-{top_k} · {report.tokens:,} tokens"
