@@ -189,7 +189,7 @@ def _stdin_prompts(stream: BinaryIO, fields: _Fields) -> Iterator[Prompt]:
     head, line = bytearray(), b""
     with _reading(name):
         while not line.strip(_BLANK) and len(head) <= MAX_BYTES:
-            line = stream.readline(MAX_BYTES + 1 - len(head))
+            line = stream.readline(MAX_BYTES + 1)  # whole, or too long for either reader
             if not line:
                 break
             head += line
@@ -301,7 +301,7 @@ def _decoded(data: bytes, name: str, line: int = 1) -> str:
 
 def _parsed(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         # The column is that of the line, whatever line breaks the decoder sees in it.
         raise PromptError(
@@ -385,7 +385,8 @@ def _record_prompt(record: Mapping[str, Any], fields: _Fields, where: str) -> Pr
         return Prompt(messages=tuple(value), domain=domain, source=where)
     if listed and value and isinstance(value[0], int | np.integer):
         return Prompt(token_ids=tuple(value), domain=domain, source=where)
-    raise PromptError(f"{where}: {field!r} must be text, a list of messages or a list of token ids, not {_kind(value)}")
+    kind = "a list of something else" if listed and value else _kind(value)
+    raise PromptError(f"{where}: {field!r} must be text, a list of messages or a list of token ids, not {kind}")
 
 
 def _prompt_field(record: Mapping[str, Any], fields: _Fields, where: str) -> str:
@@ -520,7 +521,7 @@ def _kind(value: Any) -> str:
         case str():
             return "text"
         case list() | tuple():
-            return f"a list of {len(value)}" if value else "an empty list"
+            return "a list" if value else "an empty list"
         case Mapping():
             return "an object"
     return type(value).__name__
