@@ -229,6 +229,7 @@ def test_ten_gigabytes_without_a_line_ending(suffix: str, tmp_path: Path) -> Non
     ("head", "message"),
     [
         (b"", "standard input: the text is longer than 16 MiB"),
+        (b"\n\n\n", "standard input: the text is longer than 16 MiB"),
         (b"one\ntwo\n", "standard input: the text is longer than 16 MiB"),
         (b'{"prompt": "', "standard input, line 1 is longer than 16 MiB"),
         (b'{"prompt": "a"}\n{"prompt": "', "standard input, line 2 is longer than 16 MiB"),

@@ -36,13 +36,16 @@ def tokenize(prompts: Any, folder: Path, encode: Any = by_bytes, **options: Any)
     return tokenize_prompts(prompts, encode, folder=folder, **settings)
 
 
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
 def refused(prompts: Any, folder: Path, **options: Any) -> str:
     """The one-line message with which a set is refused; nothing stays open or on disk."""
-    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    before = open_files()
     with pytest.raises(PromptError) as caught:
         tokenize(prompts, folder, **options)
-    after = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
-    assert len(after) == len(before)
+    assert open_files() == before
     assert list(folder.iterdir()) == []
     message = str(caught.value)
     assert len(message.splitlines()) == 1
@@ -187,10 +190,10 @@ def test_interrupted(error: type[BaseException], tmp_path: Path) -> None:
         yield from texts(300)
         raise error
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(error):
         tokenize(interrupted(), tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,6 +280,12 @@ def test_too_many_domains(domains: int, count: str, tmp_path: Path) -> None:
     )
 
 
+def test_counting_domains_ends(tmp_path: Path) -> None:
+    prompts = (Prompt(text="x", domain=f"{i}") for i in range(5000))
+    assert "more than 1,000 domains" in refused(prompts, tmp_path)
+    assert next(prompts).domain == "1001"
+
+
 @pytest.mark.parametrize("max_tokens", [0, -5])
 def test_limits_are_positive(max_tokens: int) -> None:
     with pytest.raises(OptionError, match=f"^--max-prompt-tokens must be at least 1, not {max_tokens}$"):
@@ -303,7 +312,16 @@ def test_too_long_prompts_are_all_counted(tmp_path: Path) -> None:
 
 def test_one_prompt_is_too_long(tmp_path: Path) -> None:
     message = refused(of_lengths([5, 7, 6, 1]), tmp_path, limits=PromptLimits(max_tokens=6))
-    assert message.startswith("1 of 4 prompts is longer than --max-prompt-tokens 6 (longest: 7 tokens, file.jsonl, lin")
+    assert message.startswith(
+        "1 of 4 prompts is longer than --max-prompt-tokens 6 (longest: 7 tokens, file.jsonl, line 2"
+    )
+
+
+def test_the_first_of_the_longest_prompts_is_named(tmp_path: Path) -> None:
+    message = refused(of_lengths([5, 6, 7, 7]), tmp_path, limits=PromptLimits(max_tokens=5))
+    assert message.startswith(
+        "3 of 4 prompts are longer than --max-prompt-tokens 5 (longest: 7 tokens, file.jsonl, line 3)"
+    )
 
 
 def test_truncate(tmp_path: Path) -> None:
