@@ -1,3 +1,38 @@
-"""moescope: which experts does a Mixture-of-Experts model use, where, and is there a pattern to it?"""
+"""moescope: which experts does a Mixture-of-Experts model use, where, and is there a pattern to it?
+
+The public names are imported when they are first used, so that `import moescope` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moescope.adapters.session import profile as profile
+    from moescope.adapters.transformers_record import record as record
+    from moescope.profiler.errors import MoescopeError as MoescopeError
+    from moescope.profiler.profile import RoutingProfile as RoutingProfile
+    from moescope.profiler.profile import merge as merge
+    from moescope.profiler.run import Interrupted as Interrupted
+    from moescope.viz.analysis import analyze as analyze
+    from moescope.viz.report import write_report as write_report
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Interrupted": "moescope.profiler.run",
+    "MoescopeError": "moescope.profiler.errors",
+    "RoutingProfile": "moescope.profiler.profile",
+    "analyze": "moescope.viz.analysis",
+    "merge": "moescope.profiler.profile",
+    "profile": "moescope.adapters.session",
+    "record": "moescope.adapters.transformers_record",
+    "write_report": "moescope.viz.report",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'moescope' has no attribute {name!r}")

@@ -1,0 +1,216 @@
+"""From a model's name and some prompts to a profile, in one call."""
+
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from moescope.profiler.engine import Engine, Generation
+from moescope.profiler.errors import OptionError
+from moescope.profiler.files import OutputFolder
+from moescope.profiler.profile import RoutingProfile
+from moescope.profiler.prompts import Prompt, as_prompts
+from moescope.profiler.run import Progress, run_profile
+from moescope.profiler.tokens import PromptLimits, tokenize_prompts
+
+
+def _transformers(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:
+    from moescope.adapters.transformers import TransformersEngine, load_engine
+
+    if isinstance(model, (str, Path)):
+        return load_engine(str(model), **options)
+    kept = {name: options[name] for name in ("batch_size", "probabilities", "coactivation") if name in options}
+    return TransformersEngine(model, tokenizer, **kept)
+
+
+#: Engines by name; each opens a model given as a name, or as a loaded object where the engine takes one.
+ENGINES: Final[dict[str, Callable[[Any, Any, Mapping[str, Any]], Engine]]] = {"transformers": _transformers}
+
+
+def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **options: Any) -> Engine:
+    """Open a model in an engine.
+
+    Args:
+        model: Folder of a checkpoint, hub id, or a loaded transformers model.
+        engine: "auto" or a name in `ENGINES`.
+        tokenizer: Tokenizer of a loaded model.
+        options: Options of the engine; see `moescope.adapters.transformers.load_engine`.
+
+    Raises:
+        OptionError: An unknown engine.
+        ModelError: The model cannot be loaded, or its routing cannot be recorded exactly.
+    """
+    name = "transformers" if engine == "auto" else engine
+    if name not in ENGINES:
+        what = "is not part of this version" if name == "vllm" else "is unknown"
+        raise OptionError(f"--engine {name!r} {what}; choose one of auto, {', '.join(ENGINES)}")
+    if importlib.util.find_spec(name) is None:
+        raise OptionError(f"--engine {name} needs the package {name!r}, which is not installed")
+    return ENGINES[name](model, tokenizer, options)
+
+
+def profile_prompts(
+    engine: Engine,
+    prompts: Iterable[Prompt],
+    generation: Generation,
+    *,
+    max_prompt_tokens: int | None = None,
+    truncate: bool = False,
+    probabilities: bool = True,
+    coactivation: bool = False,
+    folder: OutputFolder | None = None,
+    resume: bool = False,
+    on_tokenized: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> RoutingProfile:
+    """Tokenise a prompt set, run it, and return the profile.
+
+    Args:
+        engine: An open engine.
+        prompts: The set, read once.
+        generation: How prompts are continued; its seed also splits the prompts.
+        max_prompt_tokens: Longest prompt; by default what the model's context leaves beside the generated tokens.
+        truncate: Cut longer prompts rather than refuse the set.
+        probabilities: Whether the engine was opened to sum full distributions.
+        coactivation: Whether the engine was opened to count pairs.
+        folder: Where to keep results, or None.
+        resume: Go on with what an interrupted run left in `folder`.
+        on_tokenized: Told prompts and tokens so far while tokenising.
+        on_progress: Told after each batch.
+
+    Raises:
+        MoescopeError: The prompts, the run or the folder are at fault; see `tokenize_prompts` and `run_profile`.
+        Interrupted: Ctrl-C.
+    """
+    before = folder.load_partial() if folder is not None and resume else None
+    room = None if engine.context is None else engine.context - generation.max_tokens
+    if room is not None and room < 1:
+        raise OptionError(
+            f"--max-tokens {generation.max_tokens} leaves no room for a prompt "
+            f"in the model's context of {engine.context}"
+        )
+    if max_prompt_tokens is not None and room is not None and max_prompt_tokens > room:
+        raise OptionError(
+            f"--max-prompt-tokens {max_prompt_tokens} and --max-tokens {generation.max_tokens} together exceed the "
+            f"model's context of {engine.context}"
+        )
+    limits = PromptLimits(max_prompt_tokens or room, truncate)
+    with (
+        _spool_folder(folder) as spool,
+        tokenize_prompts(
+            prompts,
+            lambda batch: list(engine.encode(batch)),
+            folder=spool,
+            limits=limits,
+            vocabulary=engine.vocabulary,
+            seed=generation.seed,
+            progress=on_tokenized,
+        ) as tokens,
+    ):
+        return run_profile(
+            engine,
+            tokens,
+            generation,
+            settings={"max_prompt_tokens": limits.max_tokens, "truncate": truncate},
+            probabilities=probabilities,
+            coactivation=coactivation,
+            folder=folder,
+            resume=before,
+            on_progress=on_progress,
+        )
+
+
+@contextlib.contextmanager
+def _spool_folder(folder: OutputFolder | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder.path
+        return
+    with tempfile.TemporaryDirectory(prefix="moescope-") as name:
+        yield Path(name)
+
+
+def profile(
+    model: Any,
+    prompts: Iterable[str | Mapping[str, Any] | Prompt],
+    *,
+    engine: str = "auto",
+    tokenizer: Any = None,
+    max_tokens: int = 0,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_prompt_tokens: int | None = None,
+    truncate: bool = False,
+    probabilities: bool = True,
+    coactivation: bool = False,
+    output_dir: str | Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> RoutingProfile:
+    """Record which experts a model chooses over a set of prompts.
+
+    Example:
+        >>> profile = moescope.profile("Qwen/Qwen3-30B-A3B", ["Once upon a time"], max_tokens=64)
+        >>> profile.selection_counts.shape  # domains, phases, layers, experts
+        (1, 2, 48, 128)
+
+    Args:
+        model: Folder of a checkpoint, hub id, or a loaded transformers model.
+        prompts: Texts, mappings with the fields of a JSONL line (`prompt`, `messages` or `prompt_token_ids`, and
+            `domain`), or `Prompt` objects.
+        engine: "auto" or "transformers".
+        tokenizer: Tokenizer of a loaded model; not needed for token ids.
+        max_tokens: Tokens to generate for each prompt at most; 0 records the prompts alone.
+        temperature: 0 is greedy.
+        seed: Of the sampling and of the splits.
+        max_prompt_tokens: Longest prompt; by default what fits the model's context.
+        truncate: Cut longer prompts rather than refuse the set.
+        probabilities: Sum the router's full distribution of every token.
+        coactivation: Count which experts are chosen together.
+        output_dir: Folder for `profile.safetensors`, saved as it grows; None keeps nothing on disk.
+        force: Write into a folder that already holds results.
+        resume: Go on with what an interrupted run left in `output_dir`.
+        on_progress: Called after each batch.
+        options: Options of the engine; see `moescope.adapters.transformers.load_engine`.
+
+    Returns:
+        The profile; its counts have been held against the requests' own lengths.
+
+    Raises:
+        MoescopeError: With a sentence that names what is wrong and what would be right.
+        Interrupted: Ctrl-C; its `profile` holds what had been counted.
+    """
+    if max_tokens < 0:
+        raise OptionError(f"max_tokens must be at least 0, not {max_tokens}")
+    if temperature < 0:
+        raise OptionError(f"temperature must be at least 0, not {temperature}")
+    items = as_prompts(prompts)
+    generation = Generation(max_tokens, temperature, seed)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if output_dir is not None:
+            folder = stack.enter_context(OutputFolder(Path(output_dir), force=force, resume=resume))
+        opened = open_engine(
+            model,
+            engine=engine,
+            tokenizer=tokenizer,
+            probabilities=probabilities,
+            coactivation=coactivation,
+            **options,
+        )
+        stack.callback(opened.close)
+        return profile_prompts(
+            opened,
+            items,
+            generation,
+            max_prompt_tokens=max_prompt_tokens,
+            truncate=truncate,
+            probabilities=probabilities,
+            coactivation=coactivation,
+            folder=folder,
+            resume=resume,
+            on_progress=on_progress,
+        )

@@ -1,0 +1,425 @@
+"""Recording inside transformers: which modules route, which rows of a forward count, and the hooks that tell.
+
+A MoE layer of transformers 5 hands `(hidden_states, top_k_index, top_k_weights)` to a module named `experts`, whichever
+kernels compute them, and its router returns its logits. Hooks on both give the routing. A hook on the model's body opens
+a step before a forward and commits it after.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moescope.adapters.families import FAMILIES, REFUSED, Family
+from moescope.profiler.errors import ModelError
+from moescope.profiler.profile import LayerInfo, ModelInfo
+from moescope.profiler.recorder import Group, Recorder
+
+PREFILL: Final = 0
+DECODE: Final = 1
+_EXPERTS_PATH: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
+_LAYER_PATH: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_CHECKED_ROWS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """The two modules of one MoE layer that hooks go on."""
+
+    info: LayerInfo
+    experts: nn.Module
+    router: nn.Module
+    logits_index: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where a model routes.
+
+    Attributes:
+        model: Description for the profile.
+        family: How its family scores experts.
+        body: The module whose forward sees token ids and attention mask.
+        layers: MoE layers in model order.
+    """
+
+    model: ModelInfo
+    family: Family
+    body: nn.Module
+    layers: tuple[MoeLayer, ...]
+
+    def router_weights(self) -> list[NDArray[np.float32]]:
+        """Router weights of each layer, float32 (E, H)."""
+        return [_router_weight(layer).detach().float().cpu().numpy() for layer in self.layers]
+
+
+def family_of(config: Any, name: str) -> Family:
+    """The family of a model's config.
+
+    Args:
+        config: A transformers config.
+        name: The model, for messages.
+
+    Raises:
+        ModelError: A dense model, a family that the hook cannot record exactly, or one that nobody has checked.
+    """
+    text = config.get_text_config(decoder=True)
+    kind = str(text.model_type)
+    family = FAMILIES.get(kind) or FAMILIES.get(kind.removesuffix("_text"))
+    if family is not None:
+        return family
+    if kind in REFUSED:
+        raise ModelError(
+            f"{name}: family {kind!r} cannot be recorded exactly: {REFUSED[kind]}. "
+            f"Supported: {', '.join(sorted(FAMILIES))}"
+        )
+    counts = [value for field in _EXPERT_COUNTS if isinstance(value := getattr(text, field, None), int)]
+    if max(counts, default=0) < 2:
+        raise ModelError(f"{name} ({kind}) has no MoE layers; moescope needs a Mixture-of-Experts model")
+    raise ModelError(
+        f"{name}: MoE family {kind!r} is not known, and moescope records no family unchecked. "
+        f"Supported: {', '.join(sorted(FAMILIES))}; CONTRIBUTING.md shows how to add one"
+    )
+
+
+def bind(model: Any, name: str) -> Binding:
+    """Find the MoE layers of a loaded model.
+
+    Args:
+        model: A transformers model; weights may be on the meta device.
+        name: Hub id or path, as the user gave it.
+
+    Raises:
+        ModelError: A dense model, an unknown or deviating family, or a structure the hook does not fit.
+    """
+    family = family_of(model.config, name)
+    kind = model.config.get_text_config(decoder=True).model_type
+    experts = {}
+    for path, module in model.named_modules():
+        match = _EXPERTS_PATH.search(path)
+        if match and not isinstance(module, nn.ModuleList):
+            index = int(match[1])
+            if index in experts:
+                raise ModelError(f"{name}: layer {index} has two expert modules; family {kind!r} does not fit the hook")
+            experts[index] = module
+    if not experts:
+        raise ModelError(f"{name} ({kind}) has no MoE layers; all of its layers are dense in this configuration")
+    routers = _routers(model, name, set(experts))
+    layers = []
+    for index in sorted(experts):
+        router, logits_index = routers[index]
+        count, top_k = _layer_sizes(model, experts[index], router)
+        scale = float(getattr(router, family.scale, 1.0)) if family.scale else 1.0
+        layers.append(MoeLayer(LayerInfo(index, count, top_k), experts[index], router, logits_index, scale))
+    info = ModelInfo(
+        id=name,
+        architecture=type(model).__name__,
+        scoring=family.scoring,
+        layers=tuple(layer.info for layer in layers),
+        fingerprint=_fingerprint(layers),
+    )
+    return Binding(info, family, model.base_model, tuple(layers))
+
+
+def _routers(model: Any, name: str, indices: set[int]) -> dict[int, tuple[nn.Module, int]]:
+    recorders: dict[type, int] = {}
+    for module in model.modules():
+        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        if recorder is not None and not isinstance(recorder, (list, tuple, type)):
+            recorders[recorder.target_class] = recorder.index
+    found: dict[int, tuple[nn.Module, int]] = {}
+    for path, module in model.named_modules():
+        match = _LAYER_PATH.search(path)
+        if match and type(module) in recorders and int(match[1]) in indices:
+            found[int(match[1])] = (module, recorders[type(module)])
+    missing = sorted(indices - set(found))
+    if missing:
+        raise ModelError(
+            f"{name}: no router was found in MoE layers {missing}; this version of transformers lays the family out "
+            "in a way that moescope does not know"
+        )
+    return found
+
+
+def _layer_sizes(model: Any, experts: nn.Module, router: nn.Module) -> tuple[int, int]:
+    config = model.config.get_text_config(decoder=True)
+    count = next((v for field in _EXPERT_COUNTS if isinstance(v := getattr(experts, field, None), int)), None)
+    if count is None:
+        count = next(v for field in _EXPERT_COUNTS if isinstance(v := getattr(config, field, None), int))
+    top_k = getattr(router, "top_k", None)
+    if not isinstance(top_k, int):
+        top_k = config.num_experts_per_tok
+    return int(count), int(top_k)
+
+
+def _router_weight(layer: MoeLayer) -> Tensor:
+    for parameter in layer.router.parameters():
+        if parameter.ndim == 2 and parameter.shape[0] == layer.info.experts:
+            return parameter
+    raise ModelError(f"layer {layer.info.index}: its router has no weight of {layer.info.experts} rows")
+
+
+def _fingerprint(layers: Sequence[MoeLayer]) -> str | None:
+    digest = hashlib.sha256()
+    for layer in layers:
+        weight = _router_weight(layer)
+        if weight.is_meta:
+            return None
+        digest.update(weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_scoring(layer: MoeLayer, family: Family, logits: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """Assert on real rows that a layer routes as its family's entry says.
+
+    The weights of the chosen experts must be proportional to their scores, and, with the scaling factor divided out,
+    must either sum to 1 or be the scores themselves.
+
+    Args:
+        layer: The layer.
+        family: What the table says.
+        logits: (T, E) raw logits.
+        ids: (T, k) chosen experts.
+        weights: (T, k) routing weights as applied.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if not len(ids) or not torch.isfinite(logits).all():
+        return
+    logits, ids, weights = logits[:_CHECKED_ROWS].double(), ids[:_CHECKED_ROWS].long(), weights[:_CHECKED_ROWS].double()
+    scores = logits.softmax(dim=-1) if family.scoring == "softmax" else logits.sigmoid()
+    chosen, applied = scores.gather(1, ids), weights / layer.scale
+    share = chosen / chosen.sum(dim=-1, keepdim=True)
+    found = applied / applied.sum(dim=-1, keepdim=True)
+    tolerance = 0.05  # bf16 routers round scores to 8 bits, twice
+    if not torch.allclose(found, share, rtol=tolerance, atol=1e-3):
+        raise ModelError(
+            f"layer {layer.info.index}: its routing weights are not {family.scoring} scores of its logits; "
+            "this version of transformers routes the family in a way that moescope does not know"
+        )
+    normalised = (applied.sum(dim=-1) - 1).abs().max() < tolerance
+    if not normalised and not torch.allclose(applied, chosen, rtol=tolerance, atol=1e-3):
+        raise ModelError(
+            f"layer {layer.info.index}: its routing weights, divided by the scaling factor {layer.scale:g}, neither "
+            "sum to 1 nor are the scores; this version of transformers scales them in a way that moescope does not know"
+        )
+
+
+@dataclass(slots=True)
+class Rows:
+    """The rows of one call: who they are and how far they have got.
+
+    Attributes:
+        owners: For each request its domain and split; a request may have several rows (samples), one after the other.
+        prompt_columns: Columns of the prompt, padding included; later columns are decode.
+        prompt_mask: bool (requests, prompt_columns), True where there is a token; None where each forward's mask tells.
+        decodes: Whether any column can be decode.
+        done_columns: Columns already routed: a recomputed column is not counted again.
+        skipped_columns: Columns that came with a filled cache and were never routed here.
+        finished: bool (B,), rows that have met their last token, or None before the first.
+        lengths: int64 (B,), tokens generated so far, the last included, or None before the first.
+    """
+
+    owners: tuple[tuple[int, int], ...]
+    prompt_columns: int
+    prompt_mask: Tensor | None = None
+    decodes: bool = True
+    done_columns: int = 0
+    skipped_columns: int | None = None
+    finished: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def groups(self) -> tuple[Group, ...]:
+        """Distinct groups of the rows, prefill before decode."""
+        phases = (PREFILL, DECODE) if self.decodes else (PREFILL,)
+        return tuple(Group(d, p, s) for p in phases for d, s in sorted(set(self.owners)))
+
+    def finish_tokens(self, done: Tensor) -> None:
+        """A token was appended to every row; `done` (B,) bool says for which rows it is the last."""
+        if self.finished is None or self.lengths is None:
+            self.finished = torch.zeros_like(done)
+            self.lengths = torch.zeros_like(done, dtype=torch.int64)
+        self.lengths += ~self.finished
+        self.finished = self.finished | done
+
+    def select(self, batch: int, past: int, width: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which cells of a forward count, and where.
+
+        Args:
+            batch: Rows B of the forward.
+            past: Columns that its cache already holds.
+            width: Columns S of the forward.
+            mask: bool (B, at least past + S) of the forward, on the CPU, or None.
+
+        Returns:
+            bool (B, S), cells that count, and int64 (B, S), index of each cell's group in `groups`.
+
+        Raises:
+            ModelError: The forward has another number of rows than was announced.
+        """
+        if batch % len(self.owners):
+            raise ModelError(f"a forward of {batch} rows came where {len(self.owners)} requests were announced")
+        if self.skipped_columns is None:
+            self.skipped_columns = self.done_columns = past
+        samples = batch // len(self.owners)
+        columns = torch.arange(past, past + width)
+        late = columns >= self.prompt_columns
+        counted = (columns >= self.done_columns).repeat(batch, 1)
+        if self.prompt_mask is not None:
+            counted[:, ~late] &= self.prompt_mask.repeat_interleave(samples, dim=0)[:, columns[~late]]
+        elif mask is not None:
+            counted &= mask[:, columns]
+        if self.finished is not None:
+            counted[:, late] &= ~self.finished.cpu()[:, None]
+        self.done_columns = max(self.done_columns, past + width)
+
+        groups = self.groups()
+        group = torch.empty(batch, width, dtype=torch.int64)
+        for phase, part in ((PREFILL, ~late), (DECODE, late)):
+            if part.any():
+                index = torch.tensor([groups.index(Group(domain, phase, split)) for domain, split in self.owners])
+                group[:, part] = index.repeat_interleave(samples)[:, None]
+        return counted, group
+
+
+class Watch:
+    """Hooks on a bound model that feed a recorder; attached inside a `with` block.
+
+    Args:
+        model: The model that was bound.
+        binding: Where it routes.
+        recorder: Where the routing goes.
+        before: Called with the token ids, the mask and the past columns of each forward of the body, before it is
+            counted; may set `rows`.
+        after: Called after each forward of the body.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        binding: Binding,
+        recorder: Recorder,
+        *,
+        before: Callable[[Tensor | None, Tensor | None, int], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self.rows: Rows | None = None
+        self._model = model
+        self._binding = binding
+        self._recorder = recorder
+        self._notify_before = before
+        self._notify_after = after
+        self._handles: list[Any] = []
+        self._logits: dict[int, Tensor] = {}
+        self._unchecked = set(range(len(binding.layers))) if binding.family.proportional else set()
+
+    def __enter__(self) -> Self:
+        add = self._handles.append
+        add(self._binding.body.register_forward_pre_hook(self._before, with_kwargs=True))
+        add(self._binding.body.register_forward_hook(self._after))
+        for slot, layer in enumerate(self._binding.layers):
+            add(layer.router.register_forward_hook(self._router_hook(slot, layer)))
+            add(layer.experts.register_forward_pre_hook(self._experts_hook(slot, layer), with_kwargs=True))
+        if hasattr(self._model, "_get_stopping_criteria"):
+            self._model._get_stopping_criteria = self._watch_criteria(self._model._get_stopping_criteria)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._logits.clear()
+        self._model.__dict__.pop("_get_stopping_criteria", None)
+
+    def expect(self, rows: Rows) -> None:
+        """Announce the rows of the next call and start their sums."""
+        self.rows = rows
+        self._recorder.start(rows.groups())
+
+    def _watch_criteria(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Let `generate` tell which rows have met their last token, whatever its stopping criteria are."""
+        from transformers import StoppingCriteriaList
+
+        watch = self
+
+        class WatchedCriteria(StoppingCriteriaList):  # type: ignore[misc]
+            def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+                done: Tensor = super().__call__(input_ids, scores, **kwargs)
+                if watch.rows is not None:
+                    watch.rows.finish_tokens(done)
+                return done
+
+        def get_stopping_criteria(*args: Any, **kwargs: Any) -> Any:
+            return WatchedCriteria(original(*args, **kwargs))
+
+        return get_stopping_criteria
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shaped = ids if ids is not None else kwargs.get("inputs_embeds")
+        if shaped is None:
+            raise ModelError("the model's forward was called without input_ids")
+        mask = kwargs.get("attention_mask")
+        mask = mask.cpu() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if self._notify_before is not None:
+            self._notify_before(ids, mask, past)
+        if self.rows is None:
+            return
+        batch, width = int(shaped.shape[0]), int(shaped.shape[1])
+        counted, group = self.rows.select(batch, past, width, mask)
+        rows = None if bool(counted.all()) else counted.reshape(-1).nonzero().squeeze(1)
+        group = group.reshape(-1) if rows is None else group.reshape(-1)[rows]
+        device = self._recorder.device
+        self._recorder.begin(batch * width, None if rows is None else rows.to(device), group.to(device))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._recorder.recording:
+            self._recorder.commit()
+            if self._notify_after is not None:
+                self._notify_after()
+
+    def _router_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
+        def keep_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            logits = output[layer.logits_index]
+            self._logits[slot] = logits.reshape(-1, logits.shape[-1])
+
+        return keep_logits
+
+    def _experts_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
+        def stage(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            logits = self._logits.pop(slot, None)
+            if not self._recorder.recording:
+                return
+            ids, weights = _choices(args, kwargs, layer)
+            if slot in self._unchecked and logits is not None:
+                check_scoring(layer, self._binding.family, logits, ids, weights)
+                self._unchecked.discard(slot)
+            self._recorder.stage(slot, ids, weights, logits)
+
+        return stage
+
+
+def _choices(args: tuple[Any, ...], kwargs: dict[str, Any], layer: MoeLayer) -> tuple[Tensor, Tensor]:
+    """Expert ids and routing weights among the inputs of an experts module, told apart by dtype and shape."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    ids = [t for t in tensors if not t.is_floating_point() and t.ndim == 2 and t.shape[1] == layer.info.top_k]
+    if len(ids) != 1:
+        raise ModelError(f"layer {layer.info.index}: its experts were called without k = {layer.info.top_k} expert ids")
+    weights = [t for t in tensors if t.is_floating_point() and t.shape == ids[0].shape]
+    if len(weights) != 1:
+        raise ModelError(f"layer {layer.info.index}: its experts were called without routing weights")
+    return ids[0], weights[0]

@@ -1,0 +1,475 @@
+"""The command line: parse, call, print."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moescope import __version__
+from moescope.profiler.errors import MoescopeError, OptionError, OutputError
+
+if TYPE_CHECKING:
+    from moescope.profiler.profile import RoutingProfile
+    from moescope.profiler.run import Progress as RunProgress
+    from moescope.viz.report_data import ReportData
+
+app = typer.Typer(
+    help="Which experts does a Mixture-of-Experts model use, where, and is there a pattern to it?",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_console = Console(stderr=True, highlight=False)
+_MOST = 2**31 - 1
+#: Base of what the parser raises; typer brings its own copy of click or uses the package, by version.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+class EngineName(StrEnum):
+    """Engines."""
+
+    auto = "auto"
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class Dtype(StrEnum):
+    """Types that a model is loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class MeasureName(StrEnum):
+    """What statistics rest on."""
+
+    frequency = "frequency"
+    probability = "probability"
+    weight = "weight"
+
+
+class Probabilities(StrEnum):
+    """Whether full distributions are recorded."""
+
+    off = "off"
+    all = "all"
+
+
+Intervals = Annotated[
+    str | None,
+    typer.Option(
+        "--periodic-intervals",
+        help="Layer distances Δ to report, e.g. 12,24,36. By default 12,24,36 where the model is deep enough, "
+        "otherwise every distance.",
+    ),
+]
+DeltaMax = Annotated[int, typer.Option(min=1, max=10_000, help="Largest layer distance Δ of the correlation matrix.")]
+Measure = Annotated[MeasureName, typer.Option(help="What correlation and periodic patterns rest on.")]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Folder for the results; by default a new one named by the time."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that exists and is not empty.")]
+NoStructured = Annotated[
+    bool, typer.Option("--disable-structured-output", help="Leave out analysis_data.json and analysis_summary.json.")
+]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"moescope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def profile(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text, .txt (one document), .jsonl, .csv, or - for standard input. Without: the embedded prompt set."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Folder of a checkpoint or hub id. Without: the embedded demo model."),
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.auto,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=_MOST,
+            help="Tokens to generate for each prompt at most; 0 records the prompts alone. "
+            "[default: 512; 16 for the embedded prompt set]",
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=_MOST, help="Seed of the sampling and of the splits.")] = 0,
+    output_dir: OutputDir = None,
+    force: Force = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in --output-dir; nothing is counted twice.")
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type to load the model in; auto: the checkpoint's, or float32 on a CPU if it fits.")
+    ] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Prompts in a batch at most; auto fits memory.")] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first LIMIT prompts.")] = None,
+    prompt_field: Annotated[str | None, typer.Option(help="Field or column that holds the prompt.")] = None,
+    domain_field: Annotated[str | None, typer.Option(help="Field or column that holds the domain.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Longest prompt; by default what the model's context leaves.")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
+    probabilities: Annotated[
+        Probabilities, typer.Option(help="Record the router's full distribution of every token, or not.")
+    ] = Probabilities.all,
+    coactivation: Annotated[
+        bool, typer.Option("--coactivation", help="Also count which experts are chosen together.")
+    ] = False,
+    measure: Measure = MeasureName.frequency,
+    periodic_intervals: Intervals = None,
+    delta_max: DeltaMax = 30,
+    disable_structured_output: NoStructured = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    ] = False,
+    attention: Annotated[
+        str | None, typer.Option(help="Attention implementation of transformers, e.g. flash_attention_2.")
+    ] = None,
+) -> None:
+    r"""Record which experts a model chooses over a set of prompts, and report on it.
+
+    \b
+    Examples:
+      moescope profile                                            the embedded demo
+      moescope profile prompts.jsonl --model Qwen/Qwen3-30B-A3B
+      moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
+      cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
+    """
+    intervals = _intervals(periodic_intervals)
+    size = _batch_size(batch_size)
+    if measure is MeasureName.probability and probabilities is Probabilities.off:
+        raise OptionError("--measure probability needs the distributions that --probabilities off leaves out")
+    if resume and output_dir is None:
+        raise OptionError("--resume needs --output-dir, the folder of the interrupted run")
+    _quiet_engine()
+
+    from moescope.adapters.session import open_engine, profile_prompts
+    from moescope.profiler.demo import model_path, prompts_path
+    from moescope.profiler.engine import Generation
+    from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder
+    from moescope.profiler.prompts import read_prompts
+    from moescope.profiler.run import Interrupted
+
+    if model is None:
+        _console.print("No --model: profiling the embedded demo model.")
+    if not prompts:
+        _console.print("No prompts: using the embedded prompt set.")
+    sources = prompts or [str(prompts_path())]
+    tokens = max_tokens if max_tokens is not None else (512 if prompts else 16)
+    items = read_prompts(sources, prompt_field=prompt_field, domain_field=domain_field, limit=limit)
+    path = output_dir or _new_folder()
+    with OutputFolder(path, force=force, resume=resume) as folder:
+        with _console.status("Loading the model …"):
+            opened = open_engine(
+                model or str(model_path()),
+                engine=engine.value,
+                dtype=dtype.value,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                attention=attention,
+                batch_size=size,
+                probabilities=probabilities is Probabilities.all,
+                coactivation=coactivation,
+            )
+        layers = opened.model.layers
+        _console.print(
+            f"{opened.model.architecture}: {len(layers)} MoE layers, {max(opened.model.experts)} experts, "
+            f"top-{max(opened.model.top_k)}; {opened.info.name} {opened.info.version} on {opened.info.device}, "
+            f"{opened.info.dtype}"
+        )
+        try:
+            with _progress() as (on_tokenized, on_progress):
+                done = profile_prompts(
+                    opened,
+                    items,
+                    Generation(tokens, temperature, seed),
+                    max_prompt_tokens=max_prompt_tokens,
+                    truncate=truncate,
+                    probabilities=probabilities is Probabilities.all,
+                    coactivation=coactivation,
+                    folder=folder,
+                    resume=resume,
+                    on_tokenized=on_tokenized,
+                    on_progress=on_progress,
+                )
+        except Interrupted as stop:
+            run = stop.profile.runs[0]
+            if run.prompts:
+                _console.print(
+                    f"Interrupted after {run.prompts:,} of {run.prompts_total:,} prompts. "
+                    f"Kept in {path / PARTIAL_NAME}; go on with the same command and --resume --output-dir {path}"
+                )
+            else:
+                _console.print("Interrupted before the first batch was done; nothing was kept.")
+            raise typer.Exit(130) from stop
+        weights = getattr(opened, "router_weights", None)
+        opened.close()
+        _report(
+            done, path, measure, intervals, delta_max, not disable_structured_output, weights() if weights else None
+        )
+    typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
+
+
+@app.command()
+def report(
+    profiles: Annotated[list[Path], typer.Argument(help="Profile files of one model; several are added up.")],
+    output_dir: OutputDir = None,
+    force: Force = False,
+    measure: Measure = MeasureName.frequency,
+    periodic_intervals: Intervals = None,
+    delta_max: DeltaMax = 30,
+    disable_structured_output: NoStructured = False,
+) -> None:
+    r"""Draw the figures and write summary and structured data of profiles.
+
+    \b
+    Example:
+      moescope report results/profile.safetensors --measure probability -o report
+    """
+    from moescope.profiler.files import OutputFolder, load_profile
+    from moescope.profiler.profile import merge as merge_profiles
+
+    intervals = _intervals(periodic_intervals)
+    loaded = merge_profiles(load_profile(path) for path in profiles)
+    path = output_dir or _new_folder()
+    with OutputFolder(path, force=force):
+        _report(loaded, path, measure, intervals, delta_max, not disable_structured_output, None)
+    typer.echo(f"Wrote the report in {path}")
+
+
+@app.command()
+def merge(
+    profiles: Annotated[list[Path], typer.Argument(help="Profile files of one model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    r"""Add up profiles of one model; in any order the sums are the same.
+
+    \b
+    Example:
+      moescope merge monday/profile.safetensors tuesday/profile.safetensors -o both.safetensors
+    """
+    from moescope.profiler.files import load_profile, save_profile
+    from moescope.profiler.profile import merge as merge_profiles
+
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; choose another name, or --force to overwrite")
+    merged = merge_profiles(load_profile(path) for path in profiles)
+    save_profile(merged, output)
+    typer.echo(f"Wrote {output}: {len(merged.runs)} runs, {merged.tokens:,} tokens")
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A profile file.")],
+) -> None:
+    r"""Say what a profile holds, and check that its counts add up.
+
+    \b
+    Example:
+      moescope info results/profile.safetensors
+    """
+    from moescope.profiler.files import load_profile
+
+    found = load_profile(file)
+    model = found.model
+    layers = model.layer_indices
+    rows = {
+        "model": f"{model.id} ({model.architecture}, {model.scoring})",
+        "MoE layers": f"{len(layers)} ({layers[0]}–{layers[-1]})",
+        "experts": f"{max(model.experts)}, top-{max(model.top_k)}",
+        "tokens": f"{found.tokens:,} ("
+        + ", ".join(f"{p} {n:,}" for p, n in zip(found.phases, found.token_counts.sum(axis=0).tolist(), strict=True))
+        + ")",
+        "domains": f"{len(found.domains)} ({', '.join(found.domains)})",
+        "runs": f"{len(found.runs)}, {sum(run.prompts for run in found.runs):,} prompts"
+        + ("" if found.complete else "; interrupted"),
+        "holds": ", ".join(found.arrays()),
+        "counts": "add up: selections are k·T in every layer, domain and phase",
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:<11}{value}")
+
+
+def _report(
+    done: "RoutingProfile",
+    folder: Path,
+    measure: MeasureName,
+    intervals: tuple[int, ...] | None,
+    delta_max: int,
+    structured: bool,
+    weights: Sequence[Any] | None,
+) -> None:
+    from moescope.viz.analysis import analyze
+    from moescope.viz.report import write_report
+
+    try:
+        data = analyze(done, measure=measure.value, intervals=intervals, delta_max=delta_max, router_weights=weights)
+    except ValueError as error:
+        raise OptionError(f"--measure {measure.value}: {error}") from error
+    try:
+        write_report(data, folder, structured=structured)
+    except OSError as error:
+        raise OutputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
+    _print_findings(data)
+
+
+def _print_findings(data: "ReportData") -> None:
+    spread = ", ".join(f"{name} {count:,}" for name, count in data.tokens_by_phase.items())
+    typer.echo(f"{data.tokens:,} tokens ({spread}); selections are k·T in every one of {len(data.layers)} layers")
+    for pattern in data.periodic.patterns:
+        if pattern.num_pairs:
+            typer.echo(
+                f"  Δ = {pattern.delta:<3} mean r = {pattern.mean:+.2f} over {pattern.num_pairs} pairs of layers "
+                f"({pattern.strength})"
+            )
+
+
+def _intervals(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or any(not 1 <= value <= 10_000 for value in values):
+        raise OptionError(f"--periodic-intervals {text!r} must be layer distances from 1 up, e.g. 12,24,36")
+    return tuple(dict.fromkeys(values))
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise OptionError(f"--batch-size {text!r} must be auto or a whole number from 1 to 1,000,000")
+    return int(text)
+
+
+def _new_folder() -> Path:
+    return Path(f"moescope_{datetime.now():%Y%m%d_%H%M%S}")
+
+
+def _quiet_engine() -> None:
+    """Keep the engine's own progress bars and hints out of the output; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[["RunProgress"], None]]]:
+    """Callbacks that draw progress on a terminal, and a line every ten seconds elsewhere."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+        console=_console,
+        disable=not _console.is_terminal,
+    )
+    task = bar.add_task("Reading prompts", total=None, counts="")
+    last = time.monotonic()
+
+    def show(description: str, counts: str, **fields: Any) -> None:
+        nonlocal last
+        bar.update(task, description=description, counts=counts, **fields)
+        if bar.disable and time.monotonic() - last > 10:
+            last = time.monotonic()
+            _console.print(f"{description}: {counts}")
+
+    def on_tokenized(count: int, tokens: int) -> None:
+        show("Reading prompts", f"{count:,} prompts, {tokens:,} tokens")
+
+    def on_progress(state: "RunProgress") -> None:
+        left = "" if state.seconds_left is None else f", {_duration(state.seconds_left)} left"
+        show(
+            "Profiling",
+            f"{state.prompts:,}/{state.prompts_total:,} prompts, {state.tokens_per_second:,.0f} tokens/s{left}",
+            completed=state.prompts,
+            total=state.prompts_total,
+        )
+
+    with bar:
+        yield on_tokenized, on_progress
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _fail(message: str) -> NoReturn:
+    text = " ".join(message.split())
+    typer.echo(f"moescope: {text}", err=True)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point: errors are one line on standard error and exit code 2; Ctrl-C is exit code 130."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:  # accepted before or after the command
+        sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    try:
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        _fail(error.format_message())
+    except MoescopeError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("moescope: interrupted; nothing was written", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except MemoryError as error:
+        if debug:
+            raise
+        _fail(f"out of memory: {error or 'try a smaller --batch-size'}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

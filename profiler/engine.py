@@ -1,0 +1,91 @@
+"""The one protocol that an engine fulfils: encode prompts, plan batches, run them, hand over sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.profiler.profile import EngineInfo, ModelInfo
+from moescope.profiler.prompts import Prompt
+from moescope.profiler.recorder import GroupSums
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt on its way into an engine.
+
+    Attributes:
+        token_ids: int32 [n], the prompt.
+        domain: Index of its domain.
+        split: Its split, 0..15.
+    """
+
+    token_ids: NDArray[np.int32]
+    domain: int
+    split: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How to continue the prompts.
+
+    Attributes:
+        max_tokens: Tokens to generate at most; 0 records the prompts alone.
+        temperature: 0 is greedy.
+        seed: Seed of the sampling; the same for every batch of a run, mixed with the batch's number.
+    """
+
+    max_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What came out of a batch of requests.
+
+    Attributes:
+        sums: Sums by group, already held against the lengths.
+        tokens: For each group, tokens that were routed, from prompt lengths and outputs.
+        generated: Tokens generated for each request.
+    """
+
+    sums: GroupSums
+    tokens: tuple[int, ...]
+    generated: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Runs requests through a model and records their routing.
+
+    Attributes:
+        model: The model, with its MoE layers.
+        info: The engine, for the record.
+        vocabulary: Number of token ids.
+        context: Longest sequence the model is made for, or None.
+        batching: What shapes the batches, for the record: a resumed run must use the same.
+    """
+
+    model: ModelInfo
+    info: EngineInfo
+    vocabulary: int
+    context: int | None
+    batching: dict[str, int]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts given as text or as messages."""
+        ...
+
+    def plan(self, lengths: NDArray[np.int64], generation: Generation) -> list[list[int]]:
+        """Group prompts of the given lengths into batches; the same every time for the same lengths."""
+        ...
+
+    def run(self, requests: Sequence[Request], generation: Generation, batch: int) -> Completed:
+        """Run one batch; raises InvariantError if what was recorded does not add up."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        ...

@@ -1,0 +1,189 @@
+"""Files a run writes: profiles, whole or not at all, in a folder that one run owns."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moescope.profiler.errors import MoescopeError, OutputError, ProfileError
+from moescope.profiler.profile import BUFFERS, RoutingProfile, header, parse_header
+
+METADATA_KEY: Final = "moescope"
+PROFILE_NAME: Final = "profile.safetensors"
+PARTIAL_NAME: Final = "profile.partial.safetensors"
+LOCK_NAME: Final = ".moescope.lock"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; renamed to it if the block succeeds, removed if it fails.
+
+    Raises:
+        OutputError: The disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save_profile(profile: RoutingProfile, path: str | os.PathLike[str]) -> None:
+    """Check `profile` and write it to `path` in one step: a reader sees the old file or the new one, never half.
+
+    Raises:
+        InvariantError: Counts do not add up; nothing is written.
+        OutputError: The file cannot be written.
+    """
+    profile.check()
+    with atomic_path(Path(path)) as temporary:
+        try:
+            arrays = {name: np.ascontiguousarray(array) for name, array in profile.arrays().items()}
+            save_file(arrays, temporary, metadata={METADATA_KEY: header(profile)})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {path}: {error}") from error
+
+
+def load_profile(path: str | os.PathLike[str]) -> RoutingProfile:
+    """Read a profile file and assert that its counts add up.
+
+    Raises:
+        ProfileError: No such file, not a profile, damaged, or written by a newer moescope.
+        InvariantError: Counts do not add up.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise ProfileError(f"No such file: {file}")
+    if file.is_dir():
+        raise ProfileError(f"{file} is a folder; name the file, e.g. {file / PROFILE_NAME}")
+    try:
+        profile = RoutingProfile(**_read(file))
+        profile.check()
+    except SafetensorError as error:
+        raise ProfileError(f"{file} is not a safetensors file, or is cut short ({error})") from error
+    except OSError as error:
+        raise ProfileError(f"cannot read {file}: {error.strerror or error}") from error
+    except MoescopeError as error:
+        raise type(error)(f"{file}: {error}") from error
+    return profile
+
+
+def _read(file: Path) -> dict[str, Any]:
+    with safe_open(file, framework="numpy") as reader:
+        metadata = reader.metadata() or {}
+        if METADATA_KEY not in metadata:
+            raise ProfileError("a safetensors file, but not a moescope profile")
+        fields = parse_header(metadata[METADATA_KEY])
+        names = set(reader.keys())
+        for required in (buffer.name for buffer in BUFFERS if not buffer.optional):
+            if required not in names:
+                raise ProfileError(f"tensor {required!r} is missing")
+        try:
+            return fields | {b.name: reader.get_tensor(b.name) for b in BUFFERS if b.name in names}
+        except (TypeError, KeyError, AttributeError) as error:  # a dtype that numpy does not have
+            raise ProfileError(f"its tensors are not those of a profile ({error})") from error
+
+
+class OutputFolder:
+    """A folder that one run owns: created, locked, and left as it was if nothing was written.
+
+    Args:
+        path: The folder.
+        force: Write into a folder that already holds results.
+        resume: Go on from `profile.partial.safetensors` in it.
+
+    Raises:
+        OutputError: The folder exists and neither `force` nor `resume` was given, belongs to another run that is
+            still going on, is a file, or cannot be written.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False, resume: bool = False) -> None:
+        self.path = path
+        self._created: list[Path] = []
+        self._lock: IO[str] | None = None
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; --output-dir needs a folder")
+        if resume and not path.is_dir():
+            raise OutputError(f"No such folder: {path}; --resume goes on in the folder of the interrupted run")
+        try:
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            self._created = missing
+            self._lock = open(path / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            self.close()
+            raise OutputError(f"cannot write into {path}: {error.strerror or error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path / LOCK_NAME)):
+                raise OSError("the lock was released and removed meanwhile")
+        except OSError as error:
+            self._lock.close()
+            self._lock = None
+            raise OutputError(f"{path} is in use by another run; choose another --output-dir") from error
+        others = [entry for entry in path.iterdir() if entry.name != LOCK_NAME]
+        if others and not force and not resume:
+            partial = " (or --resume to go on with the interrupted run)" if (path / PARTIAL_NAME).exists() else ""
+            self.close()
+            raise OutputError(
+                f"{path} exists and is not empty; choose another folder, or --force to overwrite{partial}"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder; remove it if this run created it and left nothing in it."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self.path / LOCK_NAME).unlink()
+            self._lock.close()
+            self._lock = None
+        for folder in self._created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._created = []
+
+    def load_partial(self) -> RoutingProfile:
+        """What an interrupted run left here.
+
+        Raises:
+            OutputError: It left nothing, or the run had come to its end.
+        """
+        file = self.path / PARTIAL_NAME
+        if not file.exists():
+            why = f"; {PROFILE_NAME} there is complete" if (self.path / PROFILE_NAME).exists() else ""
+            raise OutputError(f"{self.path} holds no {PARTIAL_NAME}, so there is nothing to resume{why}")
+        return load_profile(file)
+
+    def save_partial(self, profile: RoutingProfile) -> None:
+        """Keep what has been drained so far."""
+        save_profile(profile, self.path / PARTIAL_NAME)
+
+    def save_final(self, profile: RoutingProfile) -> Path:
+        """Write the finished profile under its final name and drop the partial one."""
+        final = self.path / PROFILE_NAME
+        save_profile(profile, final)
+        (self.path / PARTIAL_NAME).unlink(missing_ok=True)
+        return final

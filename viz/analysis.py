@@ -1,0 +1,109 @@
+"""From a profile to what a report shows: the statistics, computed once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from moescope.stats.activation import (
+    Activation,
+    Measure,
+    layer_loads,
+    mean_probability,
+    selection_frequency,
+    weight_share,
+)
+from moescope.stats.correlation import layer_correlation
+from moescope.stats.periodicity import default_intervals, periodic_patterns
+from moescope.stats.similarity import router_similarity
+from moescope.viz.report_data import ReportData
+
+if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
+    from moescope.profiler.profile import RoutingProfile
+
+
+def activations(profile: "RoutingProfile", domain: str | None = None) -> dict[Measure, Activation]:
+    """Every recorded measure of a profile as an activation matrix.
+
+    Args:
+        profile: The profile.
+        domain: One of its domains; None adds all up.
+
+    Returns:
+        By measure; "probability" is absent where it was not recorded.
+
+    Raises:
+        ValueError: The profile has no such domain.
+    """
+    if domain is not None and domain not in profile.domains:
+        raise ValueError(f"domain {domain!r} is not in the profile; it has {', '.join(profile.domains)}")
+    part = slice(None) if domain is None else [profile.domains.index(domain)]
+    model = profile.model
+    tops, experts, layers = model.top_k, model.experts, model.layer_indices
+    tokens = int(profile.token_counts[part].sum())
+    counts = profile.selection_counts[part].sum(axis=(0, 1))
+    views: dict[Measure, Activation] = {
+        "frequency": selection_frequency(counts, tops, tokens, experts, layers),
+        "weight": weight_share(profile.weight_sums[part].sum(axis=(0, 1)), tokens, tops, experts, layers),
+    }
+    if profile.probability_sums is not None and profile.probability_tokens is not None:
+        sums = profile.probability_sums[part].sum(axis=(0, 1))
+        views["probability"] = mean_probability(
+            sums, int(profile.probability_tokens[part].sum()), tops, experts, layers
+        )
+    return views
+
+
+def analyze(
+    profile: "RoutingProfile",
+    *,
+    measure: Measure = "frequency",
+    intervals: Sequence[int] | None = None,
+    delta_max: int = 30,
+    router_weights: Sequence[NDArray[Any]] | None = None,
+) -> ReportData:
+    """Compute what a report shows of a profile.
+
+    Args:
+        profile: A checked profile.
+        measure: What correlation and periodic patterns rest on.
+        intervals: Layer distances Δ of the periodic patterns; None takes 12, 24 and 36 where the model is deep enough,
+            every Δ otherwise.
+        delta_max: Largest Δ of the correlation matrix.
+        router_weights: Router weights (E, H) of each MoE layer, or None if they were not read.
+
+    Raises:
+        ValueError: The measure was not recorded.
+    """
+    views = activations(profile)
+    if measure not in views:
+        raise ValueError(f"measure {measure!r} was not recorded; the profile has {', '.join(sorted(views))}")
+    layers = profile.model.layer_indices
+    chosen = tuple(intervals) if intervals is not None else default_intervals(layers)
+    correlation = layer_correlation(views[measure], delta_max)
+    reach = max((*chosen, delta_max))
+    full = correlation if reach == delta_max else layer_correlation(views[measure], reach)
+    counts = profile.selection_counts.sum(axis=(0, 1))
+    engines = {f"{run.engine.name} on {run.engine.device} in {run.engine.dtype}" for run in profile.runs}
+    versions = {run.engine.name: run.engine.version for run in profile.runs}
+    versions |= {k: str(v) for run in profile.runs for k, v in run.engine.options.items() if k == "torch"}
+    order: list[Measure] = [
+        measure,
+        *(name for name in ("frequency", "probability", "weight") if name in views and name != measure),
+    ]
+    return ReportData(
+        model_id=profile.model.id,
+        architecture=profile.model.architecture,
+        scoring=profile.model.scoring,
+        engine="; ".join(sorted(engines)),
+        versions={"moescope": profile.version, **versions},
+        created=profile.created,
+        prompts=sum(run.prompts for run in profile.runs),
+        tokens_by_phase=dict(zip(profile.phases, profile.token_counts.sum(axis=0).tolist(), strict=True)),
+        tokens_by_domain=dict(zip(profile.domains, profile.token_counts.sum(axis=1).tolist(), strict=True)),
+        activations=tuple(views[name] for name in order),
+        correlation=correlation,
+        periodic=periodic_patterns(full, chosen),
+        router_similarity=None if router_weights is None else router_similarity(router_weights, layers, delta_max),
+        loads=layer_loads(counts, profile.model.top_k, profile.tokens, profile.model.experts, layers),
+    )
