@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from moescope.stats.layout import check_ascending, padding_mask
 from numpy.typing import NDArray
+
+from moescope.stats.layout import check_ascending, padding_mask
 
 Measure = Literal["frequency", "probability", "weight"]
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moescope.stats.activation import Activation, Measure
 from moescope.stats.pairwise import by_distance, pairwise_pearson
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from moescope.stats.layout import padding_mask
 from numpy.typing import NDArray
+
+from moescope.stats.layout import padding_mask
 
 CONSTANT_TOLERANCE = 1e-12
 """A row whose spread is below this fraction of its size is constant: what is left of it is rounding noise."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
 from moescope.stats.activation import Measure
 from moescope.stats.correlation import LayerCorrelation
 from moescope.stats.pairwise import by_distance

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from moescope.stats.layout import check_ascending
 from moescope.stats.pairwise import by_distance, pairwise_pearson
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

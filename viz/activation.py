@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+
 from moescope.stats.activation import Activation
 from moescope.viz import theme
 
@@ -53,7 +54,7 @@ def _heatmap(view: Activation) -> go.Heatmap:
         colorscale=theme.SEQUENTIAL,
         zmin=0.0,
         zmax=float(np.percentile(finite, COLOUR_PERCENTILE)),
-        colorbar={"title": {"text": name.replace(" ", "<br>", 1)}, "tickformat": ".2~%"},
+        colorbar={"title": {"text": theme.bar_title(name)}, "tickformat": ".2~%"},
         hoverongaps=False,
         hovertemplate=(
             f"layer %{{y}}, expert %{{x}}<br>{name} %{{z:.4~%}}<br>%{{customdata:.3~f}} × uniform<extra></extra>"

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
+
 from moescope.stats.correlation import LayerCorrelation
 from moescope.viz import theme
 from moescope.viz.activation import NAMES
-from numpy.typing import NDArray
 
 
 def correlation_heatmap(correlation: LayerCorrelation, subject: str = "") -> go.Figure:
@@ -55,7 +56,7 @@ def distance_heatmap(
         zmin=-limit,
         zmid=0.0,
         zmax=limit,
-        colorbar={"title": {"text": name.replace(" ", "<br>", 1)}},
+        colorbar={"title": {"text": theme.bar_title(name)}},
         hoverongaps=False,
         hovertemplate=f"layers %{{y}} → %{{customdata}}, Δ %{{x}}<br>{name} %{{z:.4f}}<extra></extra>",
     )

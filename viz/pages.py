@@ -12,6 +12,9 @@ from plotly.offline import get_plotlyjs
 
 LIBRARY = "plotly.min.js"
 
+CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
+"""plotly.js offers to upload the chart by default; what was measured on someone's prompts stays with them."""
+
 PAGE = Template("""\
 <!doctype html>
 <html lang="en">
@@ -43,7 +46,7 @@ def write_figure(figure: go.Figure, path: Path, title: str) -> None:
         figure,
         full_html=False,
         include_plotlyjs="directory",
-        config={"responsive": True, "displaylogo": False},
+        config=CONFIG,
         div_id="figure",
     )
     _provide_library(path.parent)

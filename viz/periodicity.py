@@ -3,6 +3,7 @@
 import math
 
 import plotly.graph_objects as go
+
 from moescope.stats.periodicity import MODERATE, STRONG, PeriodicPattern, PeriodicPatterns
 from moescope.viz import theme
 from moescope.viz.activation import NAMES

@@ -2,12 +2,24 @@
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
+
 from moescope.stats.similarity import RouterSimilarity
 from moescope.viz import theme
 from moescope.viz.correlation import distance_axes, distance_heatmap
 
-NO_WEIGHTS = "Router weights were not read: run with --analyze_weights."
+NO_WEIGHTS = "Router weights were not read for this profile."
 SMALLEST_LIMIT = 0.05
+COSINE_BAR = {
+    "title": {"text": "cosine (colour range of the pairs off the diagonal)", "side": "bottom"},
+    "orientation": "h",
+    "lenmode": "pixels",
+    "len": 420,
+    "yref": "container",
+    "y": 0.0,
+    "yanchor": "bottom",
+}
+"""Below the square, which stays in the middle however wide the window is."""
 
 
 def router_cosine_heatmap(similarity: RouterSimilarity | None, subject: str = "") -> go.Figure:
@@ -36,7 +48,7 @@ def router_cosine_heatmap(similarity: RouterSimilarity | None, subject: str = ""
             zmin=-limit,
             zmid=0.0,
             zmax=limit,
-            colorbar={"title": {"text": "cosine"}},
+            colorbar=COSINE_BAR,
             hoverongaps=False,
             hovertemplate="layers %{y} and %{x}<br>cosine %{z:.4f}<extra></extra>",
         )
@@ -44,7 +56,7 @@ def router_cosine_heatmap(similarity: RouterSimilarity | None, subject: str = ""
     theme.layers_downwards(figure)
     figure.update_xaxes(type="category", constrain="domain")
     figure.update_yaxes(scaleanchor="x", constrain="domain")
-    figure.update_layout(plot_bgcolor=theme.NO_DATA_COLOUR)
+    figure.update_layout(plot_bgcolor=theme.NO_DATA_COLOUR, margin_b=theme.MARGIN["b"] + 70)
     return figure
 
 
@@ -61,7 +73,7 @@ def router_norm_heatmap(similarity: RouterSimilarity | None, subject: str = "") 
     if similarity is None:
         return theme.say_no_data(figure, NO_WEIGHTS)
     views = [
-        ("row norm correlation", similarity.norm_correlation, 1.0),
+        ("norm correlation", similarity.norm_correlation, 1.0),
         ("mean row cosine", similarity.row_cosine, _limit(similarity.row_cosine)),
     ]
     measured = [view for view in views if np.isfinite(view[1]).any()]
@@ -74,7 +86,7 @@ def router_norm_heatmap(similarity: RouterSimilarity | None, subject: str = "") 
     return figure
 
 
-def _limit(values: np.ndarray) -> float:
+def _limit(values: NDArray[np.float64]) -> float:
     """Symmetric colour limit that uses the whole map: the largest magnitude, within [0.05, 1]."""
     finite = np.abs(values[np.isfinite(values)])
     return float(np.clip(finite.max(initial=0.0), SMALLEST_LIMIT, 1.0)) if finite.size else 1.0

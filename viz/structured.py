@@ -1,10 +1,11 @@
 """The results as plain data under the documented keys, strict JSON throughout: a cell without a value is null."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
 from moescope.stats.activation import Activation, LayerLoad
 from moescope.stats.periodicity import PeriodicPattern
 from moescope.viz.report_data import ReportData
@@ -112,7 +113,7 @@ def to_strict_json(value: Any) -> Any:
             return to_strict_json(value.tolist())
         case Mapping():
             return {str(key): to_strict_json(item) for key, item in value.items()}
-        case Sequence():
+        case list() | tuple():
             return [to_strict_json(item) for item in value]
     raise TypeError(f"a {type(value).__name__} has no JSON form")
 

@@ -23,7 +23,7 @@ WEAK_COLOUR = "#c49fbb"
 NEUTRAL_COLOUR = "#9aa3b2"
 INK = "#1f2633"
 FAINT_INK = "#5a6375"
-NO_DATA_COLOUR = "#e9ebef"
+NO_DATA_COLOUR = "#d3d6dc"
 
 FONT_SIZE = 13
 TITLE_SIZE = 20
@@ -42,12 +42,22 @@ _AXIS = {
     "linecolor": NEUTRAL_COLOUR,
     "showline": True,
     "automargin": True,
+    "title": {"font": {"size": 14}, "standoff": 14},
 }
 
 TEMPLATE = go.layout.Template(
+    data={"heatmap": [{"colorbar": {"thickness": 18, "outlinewidth": 0, "title": {"font": {"size": FONT_SIZE}}}}]},
     layout={
         "font": {"family": "Inter, 'Helvetica Neue', Arial, sans-serif", "size": FONT_SIZE, "color": INK},
-        "title": {"x": 0.0, "xref": "container", "xanchor": "left", "pad": {"l": 24}, "font": {"size": TITLE_SIZE}},
+        "title": {
+            "x": 0.0,
+            "xref": "container",
+            "xanchor": "left",
+            "y": 1.0,
+            "yanchor": "top",
+            "pad": {"l": 24, "t": 30},
+            "font": {"size": TITLE_SIZE},
+        },
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "margin": MARGIN,
@@ -55,7 +65,7 @@ TEMPLATE = go.layout.Template(
         "yaxis": _AXIS,
         "hoverlabel": {"bgcolor": "white", "bordercolor": NEUTRAL_COLOUR, "font": {"color": INK, "size": FONT_SIZE}},
         "colorway": [STRONG_COLOUR, WEAK_COLOUR, MODERATE_COLOUR, "#8a3f06", NEUTRAL_COLOUR],
-    }
+    },
 )
 
 
@@ -71,8 +81,7 @@ def new_figure(title: str, subject: str, x_title: str, y_title: str) -> go.Figur
     shown = subject if len(subject) <= LONGEST_SUBJECT else f"{subject[: LONGEST_SUBJECT - 1]}…"
     line = f'<br><span style="font-size:{FONT_SIZE}px;color:{FAINT_INK}">{plain(shown)}</span>' if shown else ""
     figure = go.Figure()
-    figure.update_layout(template=TEMPLATE, title_text=f"{title}{line}", title_y=1.0, title_yanchor="top")
-    figure.update_layout(title_pad_t=20)
+    figure.update_layout(template=TEMPLATE, title_text=f"{title}{line}")
     figure.update_xaxes(title_text=x_title)
     figure.update_yaxes(title_text=y_title)
     return figure
@@ -81,6 +90,11 @@ def new_figure(title: str, subject: str, x_title: str, y_title: str) -> go.Figur
 def plain(text: str) -> str:
     """User text for a place where plotly would read markup."""
     return escape("".join(character if character.isprintable() else " " for character in text), quote=False)
+
+
+def bar_title(name: str) -> str:
+    """Title of a colour bar: words one under the other unless it is short, and a line of air above the numbers."""
+    return (name if len(name) <= 10 else name.replace(" ", "<br>")) + "<br>&nbsp;"
 
 
 def layer_labels(layers: Sequence[int]) -> list[str]:

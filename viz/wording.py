@@ -5,6 +5,9 @@ from itertools import pairwise
 
 from moescope.viz.report_data import ReportData
 
+LONGEST_NAME = 50
+"""Longer model names lose their beginning, which in a path says least."""
+
 
 def index_ranges(indices: Sequence[int]) -> str:
     """Ascending indices, runs shortened: (0, 1, 2, 5) is `0-2, 5`; evenly spaced ones as `1-23 in steps of 2`."""
@@ -33,4 +36,6 @@ def subject(report: ReportData) -> str:
     experts = by_layer([load.experts for load in report.loads], report.layers)
     top_k = by_layer([load.top_k for load in report.loads], report.layers)
     depth = len(report.layers)
-    return f"{report.model_id} · {depth} MoE layers · {experts} experts, top-{top_k} · {report.tokens:,} tokens"
+    model = report.model_id
+    name = model if len(model) <= LONGEST_NAME else f"…{model[1 - LONGEST_NAME :]}"
+    return f"{name} · {depth} MoE layers · {experts} experts, top-{top_k} · {report.tokens:,} tokens"

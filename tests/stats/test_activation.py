@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from moescope.stats.activation import layer_loads, mean_probability, selection_frequency, weight_share
 
 

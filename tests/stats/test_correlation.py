@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+
 from moescope.stats.activation import Activation
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.periodicity import default_intervals, periodic_patterns

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from moescope.stats.similarity import router_similarity
 
 
