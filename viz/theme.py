@@ -23,7 +23,10 @@ WEAK_COLOUR = "#c49fbb"
 NEUTRAL_COLOUR = "#9aa3b2"
 INK = "#1f2633"
 FAINT_INK = "#5a6375"
-NO_DATA_COLOUR = "#d3d6dc"
+NO_DATA_COLOUR = "#c6c4c0"
+"""Behind a missing cell: a warm grey that neither colour map passes through."""
+EMPTY_COLOUR = "#f3f2f0"
+"""Behind the sentence of a figure without data."""
 
 FONT_SIZE = 13
 TITLE_SIZE = 20
@@ -111,7 +114,7 @@ def say_no_data(figure: go.Figure, reason: str) -> go.Figure:
     """Put the reason why there is nothing to see where the data would be."""
     figure.update_xaxes(showticklabels=False, ticks="")
     figure.update_yaxes(showticklabels=False, ticks="")
-    figure.update_layout(plot_bgcolor=NO_DATA_COLOUR)
+    figure.update_layout(plot_bgcolor=EMPTY_COLOUR)
     figure.add_annotation(
         text=plain(reason),
         x=0.5,

@@ -59,7 +59,7 @@ def test_weight_share_ignores_scale_and_padding() -> None:
 
 
 def test_loads_name_dead_and_busiest_experts() -> None:
-    loads = layer_loads(np.array([[4, 0, 3, 0, 1], [2, 3, 3, 9, 9]]), (2, 2), 4, (5, 3), (3, 4))
+    loads = layer_loads(np.array([[4, 0, 3, 0, 1], [2, 3, 3, 0, 9]]), (2, 2), 4, (5, 3), (3, 4))
     assert loads[0].dead_experts == (1, 3)
     assert loads[0].max_over_mean == pytest.approx(4 / (8 / 5))
     assert loads[0].invariant_holds
