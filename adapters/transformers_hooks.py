@@ -1,8 +1,8 @@
 """Recording inside transformers: which modules route, which rows of a forward count, and the hooks that tell.
 
 A MoE layer of transformers 5 hands `(hidden_states, top_k_index, top_k_weights)` to a module named `experts`, whichever
-kernels compute them, and its router returns its logits. Hooks on both give the routing. A hook on the model's body opens
-a step before a forward and commits it after.
+kernels compute them, and its router returns its logits. Hooks on both give the routing. A hook on the model's body
+opens a step before a forward and commits it after.
 """
 
 import hashlib

@@ -93,13 +93,13 @@ def run_profile(
     """
     domain_bytes = "\0".join(prompts.domains).encode() + prompts.domain_index.astype("<i2").tobytes()
     settings = {
-        **settings,
         "max_tokens": generation.max_tokens,
         "temperature": generation.temperature,
         "seed": generation.seed,
-        "chunk": CHUNK,
         "probabilities": probabilities,
         "coactivation": coactivation,
+        **settings,
+        "chunk": CHUNK,
         "domains_sha256": hashlib.sha256(domain_bytes).hexdigest(),
     }
     if resume is not None:  # batches must be those of the interrupted run, however much memory is free today
@@ -169,7 +169,7 @@ def _resumed(
             f"--resume: the interrupted run used {run.engine.name} in {run.engine.dtype}, "
             f"this one {engine.info.name} in {engine.info.dtype}"
         )
-    for name in sorted(set(run.settings) | set(settings)):
+    for name in dict.fromkeys((*settings, *run.settings)):
         before, after = run.settings.get(name), settings.get(name)
         if before != after:
             raise ProfileError(f"--resume: {name} was {before!r} in the interrupted run and is {after!r} now")
