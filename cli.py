@@ -126,7 +126,7 @@ def profile(
             min=0,
             max=_MOST,
             help="Tokens to generate for each prompt at most; 0 records the prompts alone. "
-            "[default: 512; 16 for the embedded prompt set]",
+            "[default: 512, or half of a shorter context; 16 for the embedded prompt set]",
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -194,7 +194,6 @@ def profile(
     if not prompts:
         _console.print("No prompts: using the embedded prompt set.")
     sources = prompts or [str(prompts_path())]
-    tokens = max_tokens if max_tokens is not None else (512 if prompts else 16)
     items = read_prompts(sources, prompt_field=prompt_field, domain_field=domain_field, limit=limit)
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force, resume=resume) as folder:
@@ -210,6 +209,9 @@ def profile(
                 probabilities=probabilities is Probabilities.all,
                 coactivation=coactivation,
             )
+        tokens = max_tokens
+        if tokens is None:
+            tokens = 16 if not prompts else 512 if opened.context is None else min(512, opened.context // 2)
         layers = opened.model.layers
         _console.print(
             f"{opened.model.architecture}: {len(layers)} MoE layers, {max(opened.model.experts)} experts, "

@@ -134,7 +134,7 @@ class Recorder:
 
     A batch is `start`, forwards, `drain`; a forward is `begin`, `stage` once for every layer, `commit`. Sums wait in
     pending buffers until `drain`, which asserts the invariant against token counts that come from elsewhere and hands
-    the sums over. A row that does not count (padding, a finished request) is simply not among the rows given to `begin`.
+    the sums over. A row that does not count (padding, a finished request) is not among the rows given to `begin`.
 
     Args:
         layers: MoE layers in model order.

@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     code = f"""
 import resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from builders import random_profile
 from moescope.profiler.files import save_profile
