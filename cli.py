@@ -117,7 +117,9 @@ def profile(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Folder of a checkpoint or hub id. Without: the embedded demo model."),
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, hub id, demo:stacked or demo:control. Without: demo:stacked."
+        ),
     ] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.auto,
     max_tokens: Annotated[
@@ -170,6 +172,7 @@ def profile(
     \b
     Examples:
       moescope profile                                            the embedded demo
+      moescope profile --model demo:control                       its control
       moescope profile prompts.jsonl --model Qwen/Qwen3-30B-A3B
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
@@ -180,10 +183,10 @@ def profile(
         raise OptionError("--measure probability needs the distributions that --probabilities off leaves out")
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted run")
-    _quiet_engine()
+    _prepare_engine()
 
     from moescope.adapters.session import open_engine, profile_prompts
-    from moescope.profiler.demo import model_path, prompts_path
+    from moescope.profiler.demo import prompts_path
     from moescope.profiler.engine import Generation
     from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder
     from moescope.profiler.prompts import read_prompts
@@ -199,7 +202,7 @@ def profile(
     with OutputFolder(path, force=force, resume=resume) as folder:
         with _console.status("Loading the model …"):
             opened = open_engine(
-                model or str(model_path()),
+                model or "demo:stacked",
                 engine=engine.value,
                 dtype=dtype.value,
                 device=device,
@@ -390,8 +393,12 @@ def _new_folder() -> Path:
     return Path(f"moescope_{datetime.now():%Y%m%d_%H%M%S}")
 
 
-def _quiet_engine() -> None:
-    """Keep the engine's own progress bars and hints out of the output; errors still come through."""
+def _prepare_engine() -> None:
+    """Before torch is loaded: keep the engine's own progress bars and hints out of the output, and its threads polite.
+
+    OpenMP threads that spin while they wait make small models many times slower where another program wants the cores.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from moescope.profiler.demo import model_path
 from moescope.profiler.engine import Engine, Generation
 from moescope.profiler.errors import OptionError
 from moescope.profiler.files import OutputFolder
@@ -15,10 +16,15 @@ from moescope.profiler.prompts import Prompt, as_prompts
 from moescope.profiler.run import Progress, run_profile
 from moescope.profiler.tokens import PromptLimits, tokenize_prompts
 
+#: Prefix of the embedded demo models, as a model's name: "demo:stacked", "demo:control".
+DEMO: Final = "demo:"
+
 
 def _transformers(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:
     from moescope.adapters.transformers import TransformersEngine, load_engine
 
+    if isinstance(model, str) and model.startswith(DEMO):
+        return load_engine(str(model_path(model.removeprefix(DEMO))), name=model, **options)
     if isinstance(model, (str, Path)):
         return load_engine(str(model), **options)
     kept = {name: options[name] for name in ("batch_size", "probabilities", "coactivation") if name in options}
@@ -33,7 +39,7 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
     """Open a model in an engine.
 
     Args:
-        model: Folder of a checkpoint, hub id, or a loaded transformers model.
+        model: Folder of a checkpoint, hub id, "demo:stacked", "demo:control", or a loaded transformers model.
         engine: "auto" or a name in `ENGINES`.
         tokenizer: Tokenizer of a loaded model.
         options: Options of the engine; see `moescope.adapters.transformers.load_engine`.

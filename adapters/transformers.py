@@ -219,7 +219,8 @@ class TransformersEngine:
         experts = max(layer.top_k * 4 for layer in self.model.layers) * hidden * 4
         distribution = max(layer.experts for layer in self.model.layers) * 16
         each = cache + _ACTIVATION_COPIES * hidden * 4 + experts + distribution
-        return max(1, min(_MAX_PADDED_TOKENS[kind], free_memory(self._device) // 4 // each))
+        fitting = free_memory(self._device) // 4 // each
+        return max(1, min(_MAX_PADDED_TOKENS[kind], int(fitting)))
 
     def router_weights(self) -> list[NDArray[np.float32]]:
         """Router weights of each MoE layer, float32 (E, H)."""
@@ -256,6 +257,7 @@ def load_engine(
     batch_size: int | None = None,
     probabilities: bool = True,
     coactivation: bool = False,
+    name: str | None = None,
 ) -> TransformersEngine:
     """Load a checkpoint and bind to its routing; what can be refused is refused before weights are read.
 
@@ -268,6 +270,7 @@ def load_engine(
         batch_size: Requests in a batch at most; None fits memory.
         probabilities: Sum full distributions.
         coactivation: Count pairs of experts.
+        name: What the profile calls the model; by default `model`.
 
     Raises:
         ModelError: No such model, no weights, a dense model, an unknown family, or it does not fit.
@@ -302,7 +305,12 @@ def load_engine(
     except Exception:  # a model without tokenizer still takes token ids; `encode` says what is missing
         tokenizer = None
     return TransformersEngine(
-        loaded, tokenizer, name=model, batch_size=batch_size, probabilities=probabilities, coactivation=coactivation
+        loaded,
+        tokenizer,
+        name=name or model,
+        batch_size=batch_size,
+        probabilities=probabilities,
+        coactivation=coactivation,
     )
 
 

@@ -82,7 +82,7 @@ def run_profile(
         settings: What the run was asked for, JSON types; a resumed run must have been asked for the same.
         probabilities: Whether the engine sums full distributions.
         coactivation: Whether the engine counts pairs.
-        folder: Where to keep what is drained, every 30 seconds and at the end, or None.
+        folder: Where to keep what is drained: after the first batch, then every 30 seconds, and at the end; or None.
         resume: What an interrupted run of the same prompts, model and settings left, or None.
         on_progress: Called after each batch.
 
@@ -121,7 +121,7 @@ def run_profile(
         run = _resumed(resume, engine, prompts, settings)
         totals = Totals.from_profile(resume)
     meter = _Meter(prompts, run.prompts)
-    saved = time.monotonic()
+    saved = -SAVE_EVERY  # the first batch is kept at once
     with interruptible() as interrupts:
         try:
             for number, batch in enumerate(plan_batches(engine, prompts, generation)):

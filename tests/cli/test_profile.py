@@ -198,7 +198,9 @@ def test_ctrl_c_keeps_what_was_counted_and_resume_goes_on(checkpoint: Path, tmp_
         for line in process.stderr:  # the engine is up when it has said what it runs
             if "MoE layers" in line:
                 break
-        time.sleep(3)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / PARTIAL_NAME).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130, rest

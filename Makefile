@@ -1,0 +1,55 @@
+# Every target makes what it needs; `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine without a GPU: where your platform's default torch wheel carries CUDA, name an index with CPU builds,
+# e.g. make demo TORCH_INDEX=URL
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.19.0
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TYPES := .types/moescope
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo control test lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(READY) ## Create the environment in .venv: CPU torch, transformers, moescope itself
+
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TRANSFORMERS) --editable ".[dev]"
+	touch $@
+
+$(TYPES):
+	mkdir -p .types && ln -sfn .. $@
+
+demo: $(READY) ## Profile the embedded demo model and write its report to demo_results/
+	$(BIN)/moescope profile --output-dir demo_results --force
+
+control: $(READY) ## The same for the control model, in demo_results_control/
+	$(BIN)/moescope profile --model demo:control --output-dir demo_results_control --force
+
+lint: $(READY) $(TYPES) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## Check style and types, and pass the tests
+	MOESCOPE_NO_SKIPS=1 $(BIN)/python -m pytest
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Measure what recording costs on this machine, quickly
+	$(BIN)/python -m benchmarks.recording_cost --quick
+	$(BIN)/python -m benchmarks.memory --quick
+
+clean: ## Remove the environment, caches and demo results
+	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info demo_results demo_results_control
