@@ -50,12 +50,14 @@ class Binding:
         family: How its family scores experts.
         body: The module whose forward sees token ids and attention mask.
         layers: MoE layers in model order.
+        unchecked: Positions of the layers whose scoring has not been checked on real rows yet.
     """
 
     model: ModelInfo
     family: Family
     body: nn.Module
     layers: tuple[MoeLayer, ...]
+    unchecked: set[int]
 
     def router_weights(self) -> list[NDArray[np.float32]]:
         """Router weights of each layer, float32 (E, H)."""
@@ -127,7 +129,8 @@ def bind(model: Any, name: str) -> Binding:
         layers=tuple(layer.info for layer in layers),
         fingerprint=_fingerprint(layers),
     )
-    return Binding(info, family, model.base_model, tuple(layers))
+    unchecked = set(range(len(layers))) if family.proportional else set()
+    return Binding(info, family, model.base_model, tuple(layers), unchecked)
 
 
 def _routers(model: Any, name: str, indices: set[int]) -> dict[int, tuple[nn.Module, int]]:
@@ -194,9 +197,9 @@ def check_scoring(layer: MoeLayer, family: Family, logits: Tensor, ids: Tensor, 
     Raises:
         ModelError: They are not.
     """
-    if not len(ids) or not torch.isfinite(logits).all():
-        return
     logits, ids, weights = logits[:_CHECKED_ROWS].double(), ids[:_CHECKED_ROWS].long(), weights[:_CHECKED_ROWS].double()
+    if not len(ids) or not torch.isfinite(logits).all():  # the recorder counts such rows and fails the run
+        return
     scores = logits.softmax(dim=-1) if family.scoring == "softmax" else logits.sigmoid()
     chosen, applied = scores.gather(1, ids), weights / layer.scale
     share = chosen / chosen.sum(dim=-1, keepdim=True)
@@ -321,7 +324,6 @@ class Watch:
         self._notify_after = after
         self._handles: list[Any] = []
         self._logits: dict[int, Tensor] = {}
-        self._unchecked = set(range(len(binding.layers))) if binding.family.proportional else set()
 
     def __enter__(self) -> Self:
         add = self._handles.append
@@ -405,9 +407,9 @@ class Watch:
             if not self._recorder.recording:
                 return
             ids, weights = _choices(args, kwargs, layer)
-            if slot in self._unchecked and logits is not None:
+            if slot in self._binding.unchecked and logits is not None:
                 check_scoring(layer, self._binding.family, logits, ids, weights)
-                self._unchecked.discard(slot)
+                self._binding.unchecked.discard(slot)
             self._recorder.stage(slot, ids, weights, logits)
 
         return stage

@@ -310,7 +310,10 @@ def test_bad_options(cli: Cli, checkpoint: Path, tmp_path: Path, arguments: list
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_models(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_models(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moescope.adapters.families import FAMILIES
+
+    monkeypatch.delitem(FAMILIES, "olmoe")
     empty, no_weights, broken, dense = (tmp_path / name for name in ("empty", "no_weights", "broken", "dense"))
     empty.mkdir()
     for folder in (no_weights, broken, dense):
@@ -321,7 +324,7 @@ def test_bad_models(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     for model_type, message in (
         ("qwen3", "(qwen3) has no MoE layers"),
         ("jamba", "family 'jamba' cannot be recorded exactly"),
-        ("granitemoehybrid", "MoE family 'granitemoehybrid' is not known"),
+        ("olmoe", "MoE family 'olmoe' is not known"),
         ("nonsense", "cannot read the config"),
     ):
         (dense / "config.json").write_text(

@@ -44,7 +44,17 @@ _MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 8,
 }
+_LINEAR: dict[str, Any] = {
+    "shared_expert_intermediate_size": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _LOCAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 3}
+
+#: Families whose text config has a name of its own.
+TEXT_CONFIGS = {"qwen3_5_moe": "qwen3_5_moe_text"}
 
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "afmoe": {
@@ -55,6 +65,8 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "global_attn_every_n_layers": 2,
     },
     "axk1": {**_GROUPED, **_MLA},
+    "axk2": {**_GROUPED, **_MLA},
+    "cohere2_moe": {**_QWEN},
     "deepseek_v2": {**_GROUPED, **_MLA, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**_GROUPED, **_MLA},
     "deepseek_v32": {**_GROUPED, **_MLA, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64},
@@ -69,28 +81,30 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "flex_olmo": {**_QWEN},
     "glm4_moe": {**_GROUPED},
     "glm4_moe_lite": {**_GROUPED, **_MLA},
+    "glm_moe_dsa": {**_GROUPED, **_MLA, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64},
     "gpt_oss": {**_LOCAL},
     "granitemoe": {**_LOCAL},
+    "granitemoe_swa": {**_LOCAL},
+    "granitemoehybrid": {**_LOCAL, "shared_intermediate_size": 16, "layer_types": ["attention"] * 4},
     "granitemoeshared": {**_LOCAL, "shared_intermediate_size": 16},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3},
     "hy_v3": {**_QWEN, "num_shared_experts": 1, "first_k_dense_replace": 1, "router_scaling_factor": 2.0},
+    "hy_v4": {**_GROUPED, **_MLA},
+    "kimi_linear": {**_GROUPED, **_MLA, "num_experts": 16},
+    "laguna": {**_QWEN},
     "lfm2_moe": {**_QWEN, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * 2},
+    "mellum": {**_QWEN},
     "mimo_v2_flash": {**_GROUPED},
     "minimax": {**_LOCAL, "layer_types": ["full_attention"] * 4},
     "minimax_m2": {**_LOCAL},
     "mixtral": {**_LOCAL},
+    "nemotron_h": {**_GROUPED},
     "olmoe": {**_QWEN},
     "phimoe": {**_LOCAL, "num_experts_per_tok": 2},
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 16, "mlp_only_layers": [2]},
+    "qwen3_5_moe": {**_QWEN, **_LINEAR},
     "qwen3_moe": {**_QWEN, "mlp_only_layers": [1]},
-    "qwen3_next": {
-        **_QWEN,
-        "shared_expert_intermediate_size": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-    },
+    "qwen3_next": {**_QWEN, **_LINEAR},
     "solar_open": {**_GROUPED},
 }
 
@@ -98,7 +112,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A float32 model of `family` in eval mode; router scores spread widely so that near-ties are rare."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILY_CONFIGS[family], **changes})
+    config = AutoConfig.for_model(TEXT_CONFIGS.get(family, family), **{**_COMMON, **FAMILY_CONFIGS[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
