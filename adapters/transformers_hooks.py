@@ -25,7 +25,7 @@ from moescope.profiler.recorder import Group, Recorder
 PREFILL: Final = 0
 DECODE: Final = 1
 _EXPERTS_PATH: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
-_LAYER_PATH: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_ROUTER_NAMES: Final = ("gate", "router")  # as the checkpoints of all families name it
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _CHECKED_ROWS: Final = 64
 
@@ -37,7 +37,6 @@ class MoeLayer:
     info: LayerInfo
     experts: nn.Module
     router: nn.Module
-    logits_index: int
     scale: float
 
 
@@ -112,16 +111,16 @@ def bind(model: Any, name: str) -> Binding:
             index = int(match[1])
             if index in experts:
                 raise ModelError(f"{name}: layer {index} has two expert modules; family {kind!r} does not fit the hook")
-            experts[index] = module
+            experts[index] = (path, module)
     if not experts:
         raise ModelError(f"{name} ({kind}) has no MoE layers; all of its layers are dense in this configuration")
-    routers = _routers(model, name, set(experts))
     layers = []
     for index in sorted(experts):
-        router, logits_index = routers[index]
-        count, top_k = _layer_sizes(model, experts[index], router)
+        path, module = experts[index]
+        router = _router(model, path, name)
+        count, top_k = _layer_sizes(model, module, router)
         scale = float(getattr(router, family.scale, 1.0)) if family.scale else 1.0
-        layers.append(MoeLayer(LayerInfo(index, count, top_k), experts[index], router, logits_index, scale))
+        layers.append(MoeLayer(LayerInfo(index, count, top_k), module, router, scale))
     info = ModelInfo(
         id=name,
         architecture=type(model).__name__,
@@ -133,24 +132,16 @@ def bind(model: Any, name: str) -> Binding:
     return Binding(info, family, model.base_model, tuple(layers), unchecked)
 
 
-def _routers(model: Any, name: str, indices: set[int]) -> dict[int, tuple[nn.Module, int]]:
-    recorders: dict[type, int] = {}
-    for module in model.modules():
-        recorder = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        if recorder is not None and not isinstance(recorder, (list, tuple, type)):
-            recorders[recorder.target_class] = recorder.index
-    found: dict[int, tuple[nn.Module, int]] = {}
-    for path, module in model.named_modules():
-        match = _LAYER_PATH.search(path)
-        if match and type(module) in recorders and int(match[1]) in indices:
-            found[int(match[1])] = (module, recorders[type(module)])
-    missing = sorted(indices - set(found))
-    if missing:
-        raise ModelError(
-            f"{name}: no router was found in MoE layers {missing}; this version of transformers lays the family out "
-            "in a way that moescope does not know"
-        )
-    return found
+def _router(model: Any, path: str, name: str) -> nn.Module:
+    """The router beside the experts at `path`."""
+    block = model.get_submodule(path.rpartition(".")[0])
+    for child in _ROUTER_NAMES:
+        if isinstance(router := getattr(block, child, None), nn.Module):
+            return router
+    raise ModelError(
+        f"{name}: no router was found beside {path}; this version of transformers lays the family out in a way that "
+        "moescope does not know"
+    )
 
 
 def _layer_sizes(model: Any, experts: nn.Module, router: nn.Module) -> tuple[int, int]:
@@ -396,8 +387,10 @@ class Watch:
 
     def _router_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
         def keep_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            logits = output[layer.logits_index]
-            self._logits[slot] = logits.reshape(-1, logits.shape[-1])
+            found = [part for part in output if part.is_floating_point() and part.shape[-1] == layer.info.experts]
+            if len(found) != 1:
+                raise ModelError(f"layer {layer.info.index}: its router does not hand over one tensor of logits")
+            self._logits[slot] = found[0].reshape(-1, layer.info.experts)
 
         return keep_logits
 
