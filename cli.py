@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import io
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_console = Console(stderr=True, highlight=False)
+_console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _MOST = 2**31 - 1
 #: Base of what the parser raises; typer brings its own copy of click or uses the package, by version.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -457,6 +458,9 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point: errors are one line on standard error and exit code 2; Ctrl-C is exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Δ gets an escape, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:]
     if debug:  # accepted before or after the command
         sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]

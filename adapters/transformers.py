@@ -1,7 +1,8 @@
 """Profile through transformers: load a checkpoint, pad and batch prompts, record the routing of every real token."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -53,7 +54,7 @@ class TransformersEngine:
 
         self.binding: Binding = bind(model, name or str(model.config._name_or_path) or type(model).__name__)
         self.model = self.binding.model
-        self._model = model.eval()
+        self._model = model
         self._tokenizer = tokenizer
         self._device = next(model.parameters()).device
         self._padding_side = padding_side
@@ -155,7 +156,7 @@ class TransformersEngine:
         owners = tuple((request.domain, request.split) for request in requests)
         rows = Rows(owners, columns, mask.bool(), decodes=generation.max_tokens > 1)
         ids, mask = ids.to(self._device), mask.to(self._device)
-        with torch.inference_mode(), Watch(self._model, self.binding, self.recorder) as watch:
+        with _evaluating(self._model), torch.inference_mode(), Watch(self._model, self.binding, self.recorder) as watch:
             watch.expect(rows)
             if generation.max_tokens:
                 generated = self._generate(ids, mask, generation, batch)
@@ -228,6 +229,17 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing is held beyond the model."""
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; in training some routers add noise."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def free_memory(device: torch.device | None = None) -> int:
