@@ -378,7 +378,7 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("moescope: cannot write out/profile.safetensors: ")
+    assert done.stderr.splitlines()[-1].startswith("moescope: cannot write out/profile.partial.safetensors: ")
     assert not (tmp_path / "out").exists()
 
 
