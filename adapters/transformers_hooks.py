@@ -395,6 +395,7 @@ class Watch:
         return keep_logits
 
     def _experts_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
+        @torch.no_grad()  # what is staged must not keep the graph of a user's training step alive
         def stage(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             logits = self._logits.pop(slot, None)
             if not self._recorder.recording:

@@ -204,8 +204,9 @@ class Recorder:
         counted = len(group)
         if self._ids.shape[1] < counted:
             shape = (len(self.layers), counted, self._k)
-            self._ids = torch.empty(shape, dtype=torch.int32, device=self.device)
-            self._weights = torch.empty(shape, dtype=torch.float32, device=self.device)
+            with torch.inference_mode(False):  # the buffers outlive the forward and whatever mode it runs in
+                self._ids = torch.empty(shape, dtype=torch.int32, device=self.device)
+                self._weights = torch.empty(shape, dtype=torch.float32, device=self.device)
         # the buffer is poisoned between forwards: a row that no layer wrote is found, never counted again
         self._ids[:, :counted].fill_(_EMPTY)
         self._seen = [False] * len(self.layers)

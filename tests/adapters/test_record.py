@@ -60,7 +60,10 @@ def test_generate_with_padding_and_a_stop_token(model: Any) -> None:
     assert recording.profile.domains == ("mine",)
     assert_counts(recording.profile, model, prompts, generated)
     assert not model._forward_hooks
-    assert "generate" not in vars(model)
+    assert not {"generate", "_get_stopping_criteria", "_moescope_recording"} & set(vars(model))
+    for index, prompt in enumerate(prompts):
+        tokens = len(prompt) + len(generated[index]) - 1
+        assert recording.profile.split_counts[reference.split(prompt)].sum() >= 3 * 3 * tokens
 
 
 def test_custom_stopping_criteria_end_rows_where_they_say(model: Any) -> None:
@@ -186,6 +189,38 @@ def test_what_cannot_be_counted_is_refused(model: Any) -> None:
             pass
     with pytest.raises(ModelError, match="nothing was recorded"):
         _ = recording.profile
+
+
+def test_a_training_step_inside_the_block_keeps_no_graph(model: Any) -> None:
+    _, ids, mask = batch(4, 9)
+    with moescope.record(model) as recording:
+        for _ in range(2):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
+            loss.backward()
+    assert recording.profile.tokens == 2 * 13
+    assert not recording._recorder._weights.requires_grad
+
+
+def test_recording_in_and_out_of_inference_mode(model: Any) -> None:
+    _, ids, mask = batch(4, 9)
+    with moescope.record(model) as recording:
+        with torch.inference_mode():
+            model(input_ids=ids, attention_mask=mask)
+        model(input_ids=ids, attention_mask=mask)
+    assert recording.profile.tokens == 2 * 13
+
+
+def test_the_seed_changes_the_splits(model: Any) -> None:
+    _, ids, mask = batch(4, 9, 7, 8)
+    splits = []
+    for seed in (0, 1):
+        with moescope.record(model, seed=seed) as recording, torch.no_grad():
+            model(input_ids=ids, attention_mask=mask)
+        splits.append(recording.profile.split_counts)
+    assert not np.array_equal(*splits)
+    with moescope.record(model) as other, torch.no_grad():
+        model(input_ids=ids[:2], attention_mask=mask[:2])
+    assert other.profile.runs[0].prompts_sha256 != recording.profile.runs[0].prompts_sha256
 
 
 def test_the_model_computes_the_same_with_and_without_recording(model: Any) -> None:

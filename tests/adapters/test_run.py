@@ -191,6 +191,33 @@ def test_resume_takes_the_batches_of_the_interrupted_run(model: Any, tmp_path: P
     assert_equal(profile(model, output_dir=tmp_path / "out", resume=True, batch_size=2), profile(model))
 
 
+def test_resume_in_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        profile(tiny_model("qwen3_moe").to(torch.bfloat16), output_dir=tmp_path / "out", on_progress=Stop(2))
+    other = tiny_model("qwen3_moe").to(torch.bfloat16).to(torch.float32)  # the same router weights in bfloat16
+    with pytest.raises(ProfileError, match="used transformers in bfloat16, this one transformers in float32"):
+        profile(other, output_dir=tmp_path / "out", resume=True)
+
+
+def test_what_is_drained_is_saved_at_once_and_then_now_and_then(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = []
+    original = OutputFolder.save_partial
+
+    def save(self: OutputFolder, kept: RoutingProfile) -> None:
+        saves.append(kept.runs[0].batches)
+        original(self, kept)
+
+    monkeypatch.setattr(OutputFolder, "save_partial", save)
+    profile(model, output_dir=tmp_path / "a")
+    assert saves == [1, 2, 3, 4, 5, 6, 7]
+    saves.clear()
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 3600.0)
+    profile(model, output_dir=tmp_path / "b")
+    assert saves == [1]
+
+
 def test_nothing_to_resume(model: Any, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such folder"):
         profile(model, output_dir=tmp_path / "none", resume=True)

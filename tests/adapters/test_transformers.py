@@ -85,7 +85,7 @@ def assert_equal(profile: RoutingProfile, count: reference.Count) -> None:
     assert list(profile.model.layer_indices) == count.layers
     np.testing.assert_array_equal(profile.selection_counts, count.selection)
     np.testing.assert_array_equal(profile.token_counts, count.tokens)
-    np.testing.assert_array_equal(profile.split_counts.sum(axis=0), count.selection.sum(axis=1))
+    np.testing.assert_array_equal(profile.split_counts, count.splits)
     np.testing.assert_allclose(profile.weight_sums, count.weights, atol=1e-4)
     assert profile.probability_sums is not None
     np.testing.assert_allclose(profile.probability_sums, count.probabilities, atol=1e-4)
@@ -162,6 +162,55 @@ def test_without_distributions() -> None:
     profile = run(model, prompts, probabilities=False)
     assert profile.probability_sums is None
     np.testing.assert_array_equal(profile.selection_counts, expected(model, prompts, [[]] * len(prompts)).selection)
+
+
+def test_sampling_asks_for_plain_sampling_with_a_seed_of_its_own_for_each_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, seen = tiny_model("qwen3_moe"), []
+    original = model.generate
+
+    def generate(**kwargs: Any) -> Any:
+        config = kwargs["generation_config"]
+        seen.append((torch.initial_seed(), config.do_sample, config.temperature, config.top_k, config.top_p))
+        return original(**kwargs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    engine = TransformersEngine(model, batch_size=2)
+    items = [Prompt(token_ids=tuple(ids)) for ids in prompts_of((5, 9, 7))]
+    profile_prompts(engine, items, Generation(3, temperature=1.5, seed=4))
+    assert [row[1:] for row in seen] == [(True, 1.5, 0, 1.0)] * 2
+    assert len({row[0] for row in seen}) == 2
+
+
+def test_batches_are_longest_first_and_fit_the_token_budget() -> None:
+    engine = TransformersEngine(tiny_model("qwen3_moe"), batch_size=3)
+    lengths = np.array([5, 9, 1, 9, 2, 7, 3])
+    assert engine.plan(lengths, Generation(0)) == [[1, 3, 5], [0, 6, 4], [2]]
+    engine.batching = {"batch_size": 10, "batch_tokens": 30}
+    assert engine.plan(lengths, Generation(0)) == [[1, 3, 5], [0, 6, 4, 2]]
+    assert engine.plan(lengths, Generation(6)) == [[1, 3], [5, 0], [6, 4, 2]]
+    engine.batching = {"batch_size": 10, "batch_tokens": 4}  # a prompt longer than the budget runs alone
+    assert engine.plan(lengths, Generation(0)) == [[1], [3], [5], [0], [6], [4, 2]]
+
+
+def test_a_model_in_training_mode_is_run_in_evaluation_and_given_back_as_it_was() -> None:
+    model, prompts = tiny_model("mixtral", router_jitter_noise=0.5).train(), prompts_of()
+    profile = run(model, prompts)
+    assert model.training
+    assert_equal(profile, expected(model.eval(), prompts, [[]] * len(prompts)))
+
+
+def test_a_layer_without_router_or_with_two_expert_modules_is_refused() -> None:
+    model = tiny_model("qwen3_moe")
+    model.model.layers[2].more = tiny_model("qwen3_moe").model.layers[2].mlp
+    with pytest.raises(ModelError, match="layer 2 has two expert modules"):
+        bind(model, "tiny")
+    other = tiny_model("qwen3_moe")
+    other.model.layers[2].mlp.chooser = other.model.layers[2].mlp.gate
+    del other.model.layers[2].mlp.gate
+    with pytest.raises(ModelError, match=r"no router was found beside model\.layers\.2\.mlp\.experts"):
+        bind(other, "tiny")
 
 
 def test_sampling_is_reproducible_and_seeded() -> None:

@@ -1,5 +1,6 @@
 """An independent count: one prompt at a time, from what the routers themselves return; no code of the adapter."""
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,13 +69,20 @@ def distribution(logits: np.ndarray, scoring: str) -> np.ndarray:
 
 @dataclass
 class Count:
-    """Sums over requests: [D, P, L, E] each, layers in model order."""
+    """Sums over requests: [D, P, L, E] each ([16, D, L, E] by split), layers in model order."""
 
     layers: list[int]
     selection: np.ndarray
     weights: np.ndarray
     probabilities: np.ndarray
     tokens: np.ndarray
+    splits: np.ndarray
+
+
+def split(prompt: list[int], seed: int = 0) -> int:
+    """The split that DESIGN gives a prompt: a hash of the seed and its token ids, mod 16."""
+    data = seed.to_bytes(8, "little") + b"".join(token.to_bytes(4, "little") for token in prompt)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % 16
 
 
 def count(
@@ -95,7 +103,12 @@ def count(
         if result is None:
             shape = (domains, 2, len(layers), experts)
             result = Count(
-                layers, np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape), np.zeros((domains, 2), np.int64)
+                layers,
+                np.zeros(shape, np.int64),
+                np.zeros(shape),
+                np.zeros(shape),
+                np.zeros((domains, 2), np.int64),
+                np.zeros((16, domains, len(layers), experts), np.int64),
             )
         assert layers == result.layers
         phase = (np.arange(len(routed)) >= len(prompt)).astype(int)
@@ -109,6 +122,7 @@ def count(
                 ids,
             )
             np.add.at(result.selection, cells, 1)
+            np.add.at(result.splits[split(prompt), domain, slot], ids, 1)
             np.add.at(result.weights, cells, weights / scale)
             np.add.at(result.probabilities, (domain, phase, slot), distribution(routing.logits[layer], scoring))
     assert result is not None

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moescope.profiler import recorder as recorder_module
 from moescope.profiler.errors import InvariantError
 from moescope.profiler.profile import LayerInfo
 from moescope.profiler.recorder import Group, Recorder, count_choices, router_distribution, sum_distributions
@@ -81,6 +82,53 @@ def test_the_order_of_rows_and_forwards_does_not_change_a_bit() -> None:
     np.testing.assert_array_equal(results[0].selection, results[1].selection)
     np.testing.assert_array_equal(results[0].weight, results[1].weight)
     assert torch.equal(totals[0], totals[1])
+
+
+def test_layers_counted_in_several_blocks_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for block in (1 << 20, 60, 1):
+        monkeypatch.setattr(recorder_module, "_BLOCK", block)
+        made = recorder()
+        forward(made, 10, None, torch.zeros(10, dtype=torch.int64), 0)
+        results.append(made.drain([10, 0, 0]))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0].selection, other.selection)
+        np.testing.assert_array_equal(results[0].weight, other.weight)
+
+
+def test_fixed_point_sums_are_those_of_rounded_values_exactly() -> None:
+    made = Recorder(LAYERS[:1], scoring="softmax")
+    made.start(GROUPS[:1])
+    weights = torch.rand(40_000, 3, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([0, 1, 2]).repeat(40_000, 1)
+    logits = torch.randn(40_000, 8, generator=torch.Generator().manual_seed(1))
+    made.begin(40_000, None, torch.zeros(40_000, dtype=torch.int64))
+    made.stage(0, ids, weights, logits)
+    made.commit()
+    sums = made.drain([40_000])
+    units = np.rint(weights.numpy().astype(np.float64) * 2**24).astype(np.int64)
+    np.testing.assert_array_equal(sums.weight[0, 0, :3], units.sum(axis=0))
+    shares = router_distribution(logits, "softmax")
+    units = np.rint(shares.numpy().astype(np.float64) * 2**24).astype(np.int64)
+    assert sums.probability is not None
+    np.testing.assert_array_equal(sums.probability[0, 0], units.sum(axis=0))
+    group = torch.arange(40_000) % 3
+    by_group = np.stack([units[group.numpy() == g].sum(axis=0) for g in range(3)])
+    np.testing.assert_array_equal(sum_distributions(shares, group, 3).numpy(), by_group)
+
+
+def test_a_forward_that_failed_leaves_nothing_in_the_next() -> None:
+    made = recorder()
+    group = torch.zeros(5, dtype=torch.int64)
+    made.begin(5, None, group)
+    made.stage(0, *choices(5, LAYERS[0], 9))
+    forward(made, 5, None, group, 0)  # the model raised before the other layers ran
+    alone = recorder()
+    forward(alone, 5, None, group, 0)
+    one, two = made.drain([5, 0, 0]), alone.drain([5, 0, 0])
+    np.testing.assert_array_equal(one.probability, two.probability)
+    np.testing.assert_array_equal(one.weight, two.weight)
+    assert not made.recording
 
 
 def test_the_scaling_factor_is_divided_out() -> None:
