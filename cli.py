@@ -230,8 +230,6 @@ def profile(
                     Generation(tokens, temperature, seed),
                     max_prompt_tokens=max_prompt_tokens,
                     truncate=truncate,
-                    probabilities=probabilities is Probabilities.all,
-                    coactivation=coactivation,
                     folder=folder,
                     resume=resume,
                     on_tokenized=on_tokenized,
@@ -247,11 +245,9 @@ def profile(
             else:
                 _console.print("Interrupted before the first batch was done; nothing was kept.")
             raise typer.Exit(130) from stop
-        weights = getattr(opened, "router_weights", None)
+        weights = opened.router_weights()
         opened.close()
-        _report(
-            done, path, measure, intervals, delta_max, not disable_structured_output, weights() if weights else None
-        )
+        _report(done, path, measure, intervals, delta_max, not disable_structured_output, weights)
     typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
 
 
@@ -473,7 +469,7 @@ def main() -> None:
             raise
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("moescope: interrupted; nothing was written", err=True)
+        typer.echo("moescope: interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)

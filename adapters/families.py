@@ -16,11 +16,13 @@ class Family:
         proportional: True if routing weights are proportional to the scores of the chosen experts; the adapter asserts
             it on the first forward. False for families that compute them another way: their counts and weights are
             exact all the same.
+        scoring_field: Field of the config that names the scoring function, where the checkpoint chooses.
     """
 
     scoring: Scoring
     scale: str | None = None
     proportional: bool = True
+    scoring_field: str | None = None
 
 
 _SOFTMAX: Final = Family("softmax")
@@ -33,7 +35,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "afmoe": Family("sigmoid", "route_scale"),
     "axk1": _SIGMOID_SCALED,
     "axk2": _SIGMOID_SCALED,
-    "cohere2_moe": _SOFTMAX,
+    "cohere2_moe": Family("softmax", scoring_field="expert_selection_fn"),
     "deepseek_v2": _SOFTMAX_SCALED,
     "deepseek_v3": _SIGMOID_SCALED,
     "deepseek_v32": _SIGMOID_SCALED,

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,8 +65,6 @@ def profile_prompts(
     *,
     max_prompt_tokens: int | None = None,
     truncate: bool = False,
-    probabilities: bool = True,
-    coactivation: bool = False,
     folder: OutputFolder | None = None,
     resume: bool = False,
     on_tokenized: Callable[[int, int], None] | None = None,
@@ -79,8 +78,6 @@ def profile_prompts(
         generation: How prompts are continued; its seed also splits the prompts.
         max_prompt_tokens: Longest prompt; by default what the model's context leaves beside the generated tokens.
         truncate: Cut longer prompts rather than refuse the set.
-        probabilities: Whether the engine was opened to sum full distributions.
-        coactivation: Whether the engine was opened to count pairs.
         folder: Where to keep results, or None.
         resume: Go on with what an interrupted run left in `folder`.
         on_tokenized: Told prompts and tokens so far while tokenising.
@@ -120,8 +117,6 @@ def profile_prompts(
             tokens,
             generation,
             settings={"max_prompt_tokens": limits.max_tokens, "truncate": truncate},
-            probabilities=probabilities,
-            coactivation=coactivation,
             folder=folder,
             resume=before,
             on_progress=on_progress,
@@ -191,8 +186,8 @@ def profile(
     """
     if max_tokens < 0:
         raise OptionError(f"max_tokens must be at least 0, not {max_tokens}")
-    if temperature < 0:
-        raise OptionError(f"temperature must be at least 0, not {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise OptionError(f"temperature must be a number from 0 up, not {temperature}")
     items = as_prompts(prompts)
     generation = Generation(max_tokens, temperature, seed)
     with contextlib.ExitStack() as stack:
@@ -214,8 +209,6 @@ def profile(
             generation,
             max_prompt_tokens=max_prompt_tokens,
             truncate=truncate,
-            probabilities=probabilities,
-            coactivation=coactivation,
             folder=folder,
             resume=resume,
             on_progress=on_progress,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moescope.adapters.transformers_hooks import DECODE, PREFILL, Binding, Rows, Watch, bind, family_of
+from moescope.adapters.transformers_hooks import DECODE, PREFILL, Binding, Rows, Watch, bind, family_of, overridden
 from moescope.profiler.engine import Completed, Generation, Request
 from moescope.profiler.errors import ModelError, OptionError, PromptError
 from moescope.profiler.profile import EngineInfo
@@ -58,6 +58,8 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._device = next(model.parameters()).device
         self._padding_side = padding_side
+        self.probabilities = probabilities
+        self.coactivation = coactivation
         config = model.config.get_text_config(decoder=True)
         self._config = config
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -172,7 +174,7 @@ class TransformersEngine:
             if new > 1:  # the last generated token is never fed back
                 tokens[Group(request.domain, DECODE, request.split)] += new - 1
         sums = self.recorder.drain(list(tokens.values()), f"batch {batch}: ")
-        return Completed(sums, tuple(tokens.values()), generated)
+        return Completed(sums, tuple(tokens.values()))
 
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, generation: Generation, batch: int) -> tuple[int, ...]:
         from transformers import GenerationConfig
@@ -181,11 +183,17 @@ class TransformersEngine:
         sampling: dict[str, Any] = {"do_sample": False}
         if generation.temperature > 0:
             sampling = {"do_sample": True, "temperature": generation.temperature, "top_k": 0, "top_p": 1.0}
-            torch.manual_seed(generation.seed * 1_000_003 + batch)
         config = GenerationConfig(
             max_new_tokens=generation.max_tokens, eos_token_id=stops or None, pad_token_id=self._pad_id(), **sampling
         )
-        output = self._model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        devices = [] if self._device.type == "cpu" else [self._device]
+        with (
+            # what the checkpoint's own config would add (penalties, beams, samples) is left out: runs say what they did
+            overridden(self._model, "generation_config", config),
+            torch.random.fork_rng(devices=devices, device_type=self._device.type),
+        ):
+            torch.manual_seed((generation.seed * 1_000_003 + batch) % 2**63)
+            output = self._model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         lengths = []
         for row in output[:, ids.shape[1] :].tolist():
             stop = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)
@@ -234,12 +242,13 @@ class TransformersEngine:
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """The model in evaluation mode; in training some routers add noise."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def free_memory(device: torch.device | None = None) -> int:

@@ -5,10 +5,12 @@ kernels compute them, and its router returns its logits. Hooks on both give the 
 opens a step before a forward and commits it after.
 """
 
+import contextlib
 import hashlib
+import inspect
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -77,7 +79,8 @@ def family_of(config: Any, name: str) -> Family:
     kind = str(text.model_type)
     family = FAMILIES.get(kind) or FAMILIES.get(kind.removesuffix("_text"))
     if family is not None:
-        return family
+        scoring = getattr(text, family.scoring_field, None) if family.scoring_field else None
+        return family if scoring not in ("softmax", "sigmoid") else replace(family, scoring=scoring)
     if kind in REFUSED:
         raise ModelError(
             f"{name}: family {kind!r} cannot be recorded exactly: {REFUSED[kind]}. "
@@ -286,6 +289,73 @@ class Rows:
         return counted, group
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one forward of the body was given.
+
+    Attributes:
+        ids: int64 (B, S) token ids, or None if it was given embeddings.
+        batch: Rows B.
+        width: Columns S.
+        past: Columns that its cache already holds.
+        mask: bool (B, at least past + S) on the CPU, True where there is a token; None if no such mask was given.
+        opaque_mask: Whether a mask was given in another form.
+        cache: Its cache, or None.
+    """
+
+    ids: Tensor | None
+    batch: int
+    width: int
+    past: int
+    mask: Tensor | None
+    opaque_mask: bool
+    cache: Any
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """Read the arguments of a forward, by name."""
+        ids = given.get("input_ids")
+        shaped = ids if ids is not None else given.get("inputs_embeds")
+        if shaped is None:
+            raise ModelError("the model's forward was called without input_ids")
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        return cls(
+            ids=ids,
+            batch=int(shaped.shape[0]),
+            width=int(shaped.shape[1]),
+            past=0 if cache is None else _cached_columns(cache),
+            mask=None if plain is None else plain.cpu() != 0,
+            opaque_mask=mask is not None and plain is None,
+            cache=cache,
+        )
+
+
+def _cached_columns(cache: Any) -> int:
+    """Columns that a cache holds; layers of linear attention do not know, so the attention layers are asked."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    lengths = [
+        int(layer.get_seq_length()) for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayerMixin)
+    ]
+    return max(lengths) if lengths else int(cache.get_seq_length())
+
+
+@contextlib.contextmanager
+def overridden(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Give one object another attribute for a while; what it had of its own comes back."""
+    own = name in vars(target)
+    before = vars(target).get(name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(target, name, before)
+        else:
+            delattr(target, name)
+
+
 class Watch:
     """Hooks on a bound model that feed a recorder; attached inside a `with` block.
 
@@ -293,9 +363,8 @@ class Watch:
         model: The model that was bound.
         binding: Where it routes.
         recorder: Where the routing goes.
-        before: Called with the token ids, the mask and the past columns of each forward of the body, before it is
-            counted; may set `rows`.
-        after: Called after each forward of the body.
+        before: Called with the arguments of each forward of the body, before it is counted; may set `rows`.
+        after: Called with the output of each forward of the body.
     """
 
     def __init__(
@@ -304,8 +373,8 @@ class Watch:
         binding: Binding,
         recorder: Recorder,
         *,
-        before: Callable[[Tensor | None, Tensor | None, int], None] | None = None,
-        after: Callable[[], None] | None = None,
+        before: Callable[["Forward"], None] | None = None,
+        after: Callable[[Any], None] | None = None,
     ) -> None:
         self.rows: Rows | None = None
         self._model = model
@@ -313,28 +382,30 @@ class Watch:
         self._recorder = recorder
         self._notify_before = before
         self._notify_after = after
-        self._handles: list[Any] = []
+        self._signature = inspect.signature(binding.body.forward)
+        self._stack = contextlib.ExitStack()
         self._logits: dict[int, Tensor] = {}
 
     def __enter__(self) -> Self:
-        add = self._handles.append
-        add(self._binding.body.register_forward_pre_hook(self._before, with_kwargs=True))
-        add(self._binding.body.register_forward_hook(self._after))
-        for slot, layer in enumerate(self._binding.layers):
-            add(layer.router.register_forward_hook(self._router_hook(slot, layer)))
-            add(layer.experts.register_forward_pre_hook(self._experts_hook(slot, layer), with_kwargs=True))
-        if hasattr(self._model, "_get_stopping_criteria"):
-            self._model._get_stopping_criteria = self._watch_criteria(self._model._get_stopping_criteria)
+        with contextlib.ExitStack() as stack:
+            body = self._binding.body
+            stack.callback(body.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            stack.callback(body.register_forward_hook(self._after).remove)
+            for slot, layer in enumerate(self._binding.layers):
+                router, experts = self._router_hook(slot, layer), self._experts_hook(slot, layer)
+                stack.callback(layer.router.register_forward_hook(router).remove)
+                stack.callback(layer.experts.register_forward_pre_hook(experts, with_kwargs=True).remove)
+            if hasattr(self._model, "generate"):
+                watched = self._watch_criteria(self._model._get_stopping_criteria)
+                stack.enter_context(overridden(self._model, "_get_stopping_criteria", watched))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._stack.close()
         self._logits.clear()
-        self._model.__dict__.pop("_get_stopping_criteria", None)
 
     def expect(self, rows: Rows) -> None:
         """Announce the rows of the next call and start their sums."""
@@ -360,34 +431,30 @@ class Watch:
         return get_stopping_criteria
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        shaped = ids if ids is not None else kwargs.get("inputs_embeds")
-        if shaped is None:
-            raise ModelError("the model's forward was called without input_ids")
-        mask = kwargs.get("attention_mask")
-        mask = mask.cpu() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        forward = Forward.of({**given.pop("kwargs", {}), **given})
         if self._notify_before is not None:
-            self._notify_before(ids, mask, past)
+            self._notify_before(forward)
         if self.rows is None:
             return
-        batch, width = int(shaped.shape[0]), int(shaped.shape[1])
-        counted, group = self.rows.select(batch, past, width, mask)
+        if self.rows.prompt_mask is None and forward.opaque_mask:
+            raise ModelError("recording a forward needs its attention_mask as (B, S), not a mask made of it")
+        counted, group = self.rows.select(forward.batch, forward.past, forward.width, forward.mask)
         rows = None if bool(counted.all()) else counted.reshape(-1).nonzero().squeeze(1)
         group = group.reshape(-1) if rows is None else group.reshape(-1)[rows]
         device = self._recorder.device
-        self._recorder.begin(batch * width, None if rows is None else rows.to(device), group.to(device))
+        self._recorder.begin(forward.batch * forward.width, None if rows is None else rows.to(device), group.to(device))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._recorder.recording:
             self._recorder.commit()
             if self._notify_after is not None:
-                self._notify_after()
+                self._notify_after(output)
 
     def _router_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
         def keep_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found = [part for part in output if part.is_floating_point() and part.shape[-1] == layer.info.experts]
+            tensors = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
+            found = [part for part in tensors if part.shape[-1] == layer.info.experts]
             if len(found) != 1:
                 raise ModelError(f"layer {layer.info.index}: its router does not hand over one tensor of logits")
             self._logits[slot] = found[0].reshape(-1, layer.info.experts)

@@ -1,23 +1,28 @@
 """Record around the user's own forwards and `model.generate(...)` calls."""
 
+import contextlib
 import hashlib
+import inspect
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from moescope.adapters.transformers import TransformersEngine
-from moescope.adapters.transformers_hooks import DECODE, PREFILL, Rows, Watch
+from moescope.adapters.transformers_hooks import DECODE, PREFILL, Forward, Rows, Watch, overridden
 from moescope.profiler.errors import ModelError
 from moescope.profiler.profile import RoutingProfile, RunInfo
 from moescope.profiler.recorder import Group
-from moescope.profiler.run import now
+from moescope.profiler.run import timestamp
 from moescope.profiler.tokens import split_of
 from moescope.profiler.totals import Totals
+
+_DRAFTING: Final = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 
 
 class Recording:
@@ -25,7 +30,7 @@ class Recording:
 
     Every `model.generate(...)` and every forward of the model inside the block is counted when it has come to its end;
     one that fails counts nothing. Padding is told by the attention mask, so pass it. Where a forward is given a filled
-    cache, its columns count as decode; columns that were routed before are not counted again.
+    cache, its columns count as decode; inside one `generate`, columns that are computed again count once.
     """
 
     def __init__(
@@ -37,6 +42,8 @@ class Recording:
         self._recorder = engine.recorder
         self._totals = Totals(engine.model, (domain,), probabilities=probabilities, coactivation=coactivation)
         self._watch = Watch(model, engine.binding, engine.recorder, before=self._before, after=self._after)
+        self._stack = contextlib.ExitStack()
+        self._caches: WeakKeyDictionary[Any, Rows] = WeakKeyDictionary()  # whose tokens a cache holds
         self._sequences = 0
         self._digest = hashlib.sha256()
         self._pending: list[bytes] = []  # sequences of the call that is running; they count when it has come to its end
@@ -44,7 +51,7 @@ class Recording:
         self._expected: dict[Group, int] = {}
         self._run = RunInfo(
             uuid=str(uuid.uuid4()),
-            created=now(),
+            created=timestamp(),
             engine=engine.info,
             prompts=0,
             prompts_total=0,
@@ -70,26 +77,31 @@ class Recording:
     def __enter__(self) -> Self:
         if getattr(self._model, "_moescope_recording", False):
             raise ModelError("this model is being recorded already; leave the outer `with` block first")
-        self._model._moescope_recording = True
-        self._watch.__enter__()
-        if hasattr(self._model, "generate"):
-            self._model.generate = self._wrap_generate(self._model.generate)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(overridden(self._model, "_moescope_recording", True))
+            stack.enter_context(self._watch)
+            if hasattr(self._model, "generate"):
+                wrapped = self._wrap_generate(self._model.generate)
+                stack.enter_context(overridden(self._model, "generate", wrapped))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watch.__exit__(kind, error, trace)
-        self._model.__dict__.pop("generate", None)
-        self._model.__dict__.pop("_moescope_recording", None)
+        self._stack.close()
 
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         def generate(*args: Any, **kwargs: Any) -> Any:
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            given = signature.bind_partial(*args, **kwargs).arguments
+            given = {**given.pop("kwargs", {}), **given}
+            ids = given.get("input_ids", given.get("inputs"))
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 raise ModelError("recording model.generate(...) needs input_ids of shape (B, S)")
-            self._refuse_beams(kwargs)
-            mask = self._prompt_mask(ids, kwargs)
+            self._refuse_thrown_away(given)
+            mask = self._prompt_mask(ids, given.get("attention_mask"), self._setting(given, "pad_token_id"))
             rows = Rows(self._owners(ids, mask), int(ids.shape[1]), mask)
             self._watch.expect(rows)
             self._generating = True
@@ -103,28 +115,29 @@ class Recording:
 
         return generate
 
-    def _refuse_beams(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or self._model.generation_config
-        beams = kwargs.get("num_beams", getattr(config, "num_beams", 1)) or 1
-        lookup = kwargs.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
-        if beams > 1 or kwargs.get("assistant_model") is not None or lookup:
+    def _setting(self, given: dict[str, Any], name: str) -> Any:
+        """What `generate` will use for a setting: its argument, its config's value, or that of the model's config."""
+        configs = (given.get("generation_config"), getattr(self._model, "generation_config", None), self._model.config)
+        values = (given.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+    def _refuse_thrown_away(self, given: dict[str, Any]) -> None:
+        several = [name for name in ("num_beams", "num_beam_groups") if (self._setting(given, name) or 1) > 1]
+        drafting = [name for name in _DRAFTING if self._setting(given, name)]
+        if several or drafting:
             raise ModelError(
                 "recording counts greedy and sampled generation; beam search and assisted generation route tokens that "
-                "are thrown away, so moescope does not count them: use num_beams=1 and no assistant"
+                f"are thrown away, so moescope does not count them: leave out {', '.join(several + drafting)}"
             )
 
-    def _prompt_mask(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        mask = kwargs.get("attention_mask")
+    @staticmethod
+    def _prompt_mask(ids: Tensor, mask: Any, pad: int | None) -> Tensor:
         if isinstance(mask, Tensor):
             if mask.shape != ids.shape:
                 raise ModelError(f"attention_mask is {list(mask.shape)}, but input_ids are {list(ids.shape)}")
             return mask.cpu() != 0
-        config = kwargs.get("generation_config") or self._model.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
         if pad is not None and bool((ids == pad).any()):
-            raise ModelError(
-                "input_ids hold the padding token but no attention_mask tells which of it is padding; pass it"
-            )
+            raise ModelError("input_ids hold the padding token and no attention_mask tells what is padding; pass it")
         return torch.ones(ids.shape, dtype=torch.bool)
 
     def _owners(self, ids: Tensor, mask: Tensor) -> tuple[tuple[int, int], ...]:
@@ -150,26 +163,37 @@ class Recording:
                 expected[Group(domain, DECODE, split)] += sum(length - 1 for length in new)
         return expected
 
-    def _before(self, ids: Tensor | None, mask: Tensor | None, past: int) -> None:
-        """A forward outside `generate`: the rows are new, or go on with the cache of the forward before."""
+    def _before(self, forward: Forward) -> None:
+        """A forward outside `generate`: its rows are new, or go on with a cache that an earlier forward filled."""
         if self._generating:
             return
-        if ids is None:
+        if forward.ids is None:
             raise ModelError("recording needs input_ids; inputs_embeds name no tokens")
-        batch, width = ids.shape
-        real = torch.ones(batch, width, dtype=torch.bool) if mask is None else mask[:, past : past + width]
-        rows = self._watch.rows
-        if rows is None or past == 0 or past != rows.done_columns or len(rows.owners) != batch:
-            rows = Rows(self._owners(ids, real), prompt_columns=0 if past else int(width))
+        past, width = forward.past, forward.width
+        if forward.mask is not None:
+            real = forward.mask[:, past : past + width]
+        elif past or forward.opaque_mask:
+            real = torch.ones(forward.batch, width, dtype=torch.bool)
+        else:
+            real = self._prompt_mask(forward.ids, None, self._setting({}, "pad_token_id"))
+        rows = self._caches.get(forward.cache) if past else None
+        if rows is None or len(rows.owners) != forward.batch:
+            rows = Rows(self._owners(forward.ids, real), prompt_columns=0 if past else width)
+        rows.done_columns = past
         self._watch.expect(rows)
         self._expected = dict.fromkeys(rows.groups(), 0)
         phase = DECODE if past else PREFILL
         for (domain, split), tokens in zip(rows.owners, real.sum(dim=1).tolist(), strict=True):
             self._expected[Group(domain, phase, split)] += tokens
 
-    def _after(self) -> None:
-        if not self._generating and self._watch.rows is not None:
-            self._drain(self._watch.rows, self._expected)
+    def _after(self, output: Any) -> None:
+        rows = self._watch.rows
+        if self._generating or rows is None:
+            return
+        self._drain(rows, self._expected)
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._caches[cache] = rows
 
     def _drain(self, rows: Rows, expected: dict[Group, int]) -> None:
         tokens = [expected[group] for group in rows.groups()]

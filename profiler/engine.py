@@ -49,12 +49,10 @@ class Completed:
     Attributes:
         sums: Sums by group, already held against the lengths.
         tokens: For each group, tokens that were routed, from prompt lengths and outputs.
-        generated: Tokens generated for each request.
     """
 
     sums: GroupSums
     tokens: tuple[int, ...]
-    generated: tuple[int, ...]
 
 
 class Engine(Protocol):
@@ -65,6 +63,8 @@ class Engine(Protocol):
         info: The engine, for the record.
         vocabulary: Number of token ids.
         context: Longest sequence the model is made for, or None.
+        probabilities: Whether full distributions are summed.
+        coactivation: Whether pairs of experts are counted.
         batching: What shapes the batches, for the record: a resumed run must use the same.
     """
 
@@ -72,6 +72,8 @@ class Engine(Protocol):
     info: EngineInfo
     vocabulary: int
     context: int | None
+    probabilities: bool
+    coactivation: bool
     batching: dict[str, int]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -84,6 +86,10 @@ class Engine(Protocol):
 
     def run(self, requests: Sequence[Request], generation: Generation, batch: int) -> Completed:
         """Run one batch; raises InvariantError if what was recorded does not add up."""
+        ...
+
+    def router_weights(self) -> list[NDArray[np.float32]]:
+        """Router weights (E, H) of each MoE layer."""
         ...
 
     def close(self) -> None:

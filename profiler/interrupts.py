@@ -39,6 +39,10 @@ class Interrupts:
         else:
             raise KeyboardInterrupt
 
+    def hold(self) -> None:
+        """From here on signals wait for good: what is left to do is short and must be done."""
+        self._held = True
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """A block that finishes first; a signal that came meanwhile is raised at its end."""

@@ -1,5 +1,6 @@
 """`RoutingProfile`: what every engine hands over and every statistic reads."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope import __version__
 from moescope.profiler.errors import InvariantError, ProfileError
 from moescope.profiler.tokens import MAX_DOMAINS, SPLITS
 
@@ -16,7 +18,6 @@ PHASES: Final = ("prefill", "decode")
 #: Fractional bits of the fixed-point sums: half a unit is float32's own rounding of a weight near 1.
 FIXED_POINT_BITS: Final = 24
 
-Measure = Literal["frequency", "probability", "weight"]
 Scoring = Literal["softmax", "sigmoid"]
 
 
@@ -267,6 +268,10 @@ def check_arrays(model: ModelInfo, domains: Sequence[str], arrays: Mapping[str, 
             raise InvariantError(f"tensor {buffer.name!r} holds values that are not finite")
         if array.size and array.min() < 0:
             raise InvariantError(f"tensor {buffer.name!r} holds negative values")
+        if buffer.fixed_point:
+            units = np.ldexp(array, FIXED_POINT_BITS)
+            if (units != np.rint(units)).any() or units.max(initial=0) >= 2**53:
+                raise InvariantError(f"tensor {buffer.name!r} holds values that are not sums in units of 2**-24")
     if ("probability_sums" in arrays) != ("probability_tokens" in arrays):
         raise ProfileError("probability_sums and probability_tokens belong together; one of them is missing")
 
@@ -330,6 +335,9 @@ def _check_probabilities(model: ModelInfo, arrays: Mapping[str, NDArray[Any]]) -
         raise InvariantError("probability_tokens exceed token_counts")
     # each of E entries a token is rounded to 2**-24, and float32 distributions sum to 1 within about 1e-6
     tolerance = 1e-5 + sums.shape[-1] * 2.0**-FIXED_POINT_BITS
+    for slot, layer in enumerate(model.layers):
+        if sums[:, :, slot, layer.experts :].any():
+            raise InvariantError(f"layer {layer.index}: an expert at or beyond E = {layer.experts} has probability")
     off = np.abs(sums.sum(axis=-1) - tokens[..., None]) > tolerance * np.maximum(tokens[..., None], 1)
     if off.any():
         layer = model.layers[int(np.argwhere(off)[0, -1])]
@@ -367,8 +375,8 @@ def merge(profiles: Iterable[RoutingProfile]) -> RoutingProfile:
     if not parts:
         raise ProfileError("nothing to merge")
     first = parts[0].model
-    for other in parts[1:]:
-        _require_same_model(first, other.model)
+    for one, other in itertools.combinations(parts, 2):
+        _require_same_model(one.model, other.model)
     runs = sorted((run for part in parts for run in part.runs), key=lambda run: (run.created, run.uuid))
     for before, after in zip(sorted(r.uuid for r in runs), sorted(r.uuid for r in runs)[1:], strict=False):
         if before == after:
@@ -398,7 +406,7 @@ def merge(profiles: Iterable[RoutingProfile]) -> RoutingProfile:
         domains=domains,
         runs=tuple(runs),
         created=max(part.created for part in parts),
-        version=max(part.version for part in parts),
+        version=__version__,
         **merged,
     )
     result.check()
@@ -477,7 +485,7 @@ def parse_header(text: str) -> dict[str, Any]:
         version = data["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ProfileError("its header is not a moescope header") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ProfileError(
             f"it was written in format {version!r}; this moescope reads up to {FORMAT_VERSION}: upgrade moescope"
         )

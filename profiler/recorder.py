@@ -1,7 +1,7 @@
 """The recorder: layers stage what they routed, one commit a forward counts the rows that count.
 
-Staging is a copy into a persistent buffer; everything else happens at the commit, once for all layers. Nothing here
-reads a value back from the device before `drain`.
+Staging copies ids and weights into a persistent buffer and sums the layer's distributions; counting happens at the
+commit, once for all layers. Nothing here reads a value back from the device before `drain`.
 """
 
 from collections.abc import Sequence
@@ -173,11 +173,6 @@ class Recorder:
         self._open = False
         self.start(())
 
-    @property
-    def staging_bytes(self) -> int:
-        """Bytes of the staging buffers."""
-        return self._ids.nbytes + self._weights.nbytes
-
     def start(self, groups: Sequence[Group]) -> None:
         """Begin a batch of requests whose rows belong to `groups`; sums still pending are dropped."""
         size = (len(groups), len(self.layers), self._width)
@@ -251,8 +246,7 @@ class Recorder:
                 shape = None if logits is None else list(logits.shape)
                 raise InvariantError(f"layer {layer.index} gave router logits {shape}; expected E = {layer.experts}")
             distribution = router_distribution(logits.to(self.device), self.scoring)
-            bad = ~torch.isfinite(distribution).all(dim=-1)
-            self._step_bad_scores[slot] = bad.sum()
+            self._step_bad_scores[slot] = (~torch.isfinite(logits).all(dim=-1)).sum()
             sums = sum_distributions(distribution, self._group, len(self._groups))
             self._step_distributions[:, slot, : layer.experts] = sums
         self._seen[slot] = True
@@ -329,4 +323,6 @@ class Recorder:
         self.start(())
         for slot, layer in enumerate(self.layers):
             check_layer(layer, sums.selection[:, slot], tokens, what)
+        if sums.probability_tokens is not None and not np.array_equal(sums.probability_tokens, tokens):
+            raise InvariantError(f"{what}distributions were recorded of other tokens than were routed")
         return sums

@@ -30,7 +30,7 @@ class Progress:
         prompts: Prompts drained, those of the interrupted run included.
         prompts_total: Prompts of the set.
         tokens: Tokens counted by this process.
-        tokens_per_second: Over the last batches.
+        tokens_per_second: Since this process began to run batches.
         seconds_left: Estimate, or None before the first batch.
     """
 
@@ -49,7 +49,7 @@ class Interrupted(Exception):
         self.profile = profile
 
 
-def now() -> str:
+def timestamp() -> str:
     """The time, ISO 8601, UTC, to the microsecond."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
@@ -67,8 +67,6 @@ def run_profile(
     generation: Generation,
     *,
     settings: Mapping[str, Any],
-    probabilities: bool = True,
-    coactivation: bool = False,
     folder: OutputFolder | None = None,
     resume: RoutingProfile | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -80,8 +78,6 @@ def run_profile(
         prompts: The tokenised set.
         generation: How they are continued.
         settings: What the run was asked for, JSON types; a resumed run must have been asked for the same.
-        probabilities: Whether the engine sums full distributions.
-        coactivation: Whether the engine counts pairs.
         folder: Where to keep what is drained: after the first batch, then every 30 seconds, and at the end; or None.
         resume: What an interrupted run of the same prompts, model and settings left, or None.
         on_progress: Called after each batch.
@@ -96,20 +92,24 @@ def run_profile(
         "max_tokens": generation.max_tokens,
         "temperature": generation.temperature,
         "seed": generation.seed,
-        "probabilities": probabilities,
-        "coactivation": coactivation,
+        "probabilities": engine.probabilities,
+        "coactivation": engine.coactivation,
         **settings,
         "chunk": CHUNK,
         "domains_sha256": hashlib.sha256(domain_bytes).hexdigest(),
     }
-    if resume is not None:  # batches must be those of the interrupted run, however much memory is free today
+    if (
+        resume is not None and len(resume.runs) == 1
+    ):  # batches must be those of the interrupted run, however much memory is free today
         engine.batching = {name: resume.runs[0].settings.get(name, size) for name, size in engine.batching.items()}
     settings |= engine.batching
     if resume is None:
-        totals = Totals(engine.model, prompts.domains, probabilities=probabilities, coactivation=coactivation)
+        totals = Totals(
+            engine.model, prompts.domains, probabilities=engine.probabilities, coactivation=engine.coactivation
+        )
         run = RunInfo(
             uuid=str(uuid.uuid4()),
-            created=now(),
+            created=timestamp(),
             engine=engine.info,
             prompts=0,
             prompts_total=len(prompts),
@@ -141,15 +141,17 @@ def run_profile(
                 progress = meter.count(batch, sum(done.tokens))
                 if on_progress is not None:
                     on_progress(progress)
+            interrupts.hold()
         except KeyboardInterrupt as error:
-            with interrupts.held():
-                profile = totals.profile(run)
-                if folder is not None and run.batches:
-                    folder.save_partial(profile)
+            interrupts.hold()
+            profile = totals.profile(run)
+            if folder is not None and run.batches:
+                folder.save_partial(profile)
             raise Interrupted(profile) from error
         profile = totals.profile(replace(run, complete=True))
-        with interrupts.held():
-            profile.check() if folder is None else folder.save_final(profile)
+        profile.check()
+        if folder is not None:
+            folder.save_final(profile)
     return profile
 
 
@@ -164,11 +166,10 @@ def _resumed(
         raise ProfileError(f"--resume: the interrupted run profiled {model.id}, this one profiles {other.id}")
     if run.prompts_sha256 != prompts.sha256 or profile.domains != prompts.domains:
         raise ProfileError("--resume: the prompts are not those of the interrupted run")
-    if (run.engine.name, run.engine.dtype) != (engine.info.name, engine.info.dtype):
-        raise ProfileError(
-            f"--resume: the interrupted run used {run.engine.name} in {run.engine.dtype}, "
-            f"this one {engine.info.name} in {engine.info.dtype}"
-        )
+    for name in ("name", "version", "device", "dtype"):
+        was, now = getattr(run.engine, name), getattr(engine.info, name)
+        if was != now:
+            raise ProfileError(f"--resume: the engine's {name} was {was} in the interrupted run and is {now} now")
     for name in dict.fromkeys((*settings, *run.settings)):
         before, after = run.settings.get(name), settings.get(name)
         if before != after:

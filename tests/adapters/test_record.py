@@ -177,7 +177,7 @@ def test_what_cannot_be_counted_is_refused(model: Any) -> None:
     with moescope.record(model) as recording:
         with pytest.raises(ModelError, match="beam search"):
             model.generate(input_ids=ids, attention_mask=mask, num_beams=2, max_new_tokens=3)
-        with pytest.raises(ModelError, match="no attention_mask tells which"):
+        with pytest.raises(ModelError, match="no attention_mask tells what"):
             model.generate(input_ids=ids, max_new_tokens=3, pad_token_id=PAD)
         with pytest.raises(ModelError, match="input_ids"):
             model.generate(inputs_embeds=torch.zeros(1, 3, 64), max_new_tokens=3)
@@ -221,6 +221,66 @@ def test_the_seed_changes_the_splits(model: Any) -> None:
     with moescope.record(model) as other, torch.no_grad():
         model(input_ids=ids[:2], attention_mask=mask[:2])
     assert other.profile.runs[0].prompts_sha256 != recording.profile.runs[0].prompts_sha256
+
+
+def test_padding_is_never_counted_however_it_is_told(model: Any) -> None:
+    from transformers import GenerationConfig
+
+    prompts, ids, mask = batch(4, 9)
+    model.generation_config.pad_token_id = PAD
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    with moescope.record(model) as recording, torch.no_grad():
+        with pytest.raises(ModelError, match="no attention_mask tells what"):
+            model.generate(ids, GenerationConfig(max_new_tokens=3))  # transformers takes the padding token of the model
+        with pytest.raises(ModelError, match="no attention_mask tells what"):
+            model(input_ids=ids)
+        with pytest.raises(ModelError, match=r"attention_mask as \(B, S\)"):
+            model(input_ids=ids, attention_mask=mask[:, None, None, :].bool().expand(2, 1, 9, 9))
+        model.model(ids, mask, position)
+    assert_counts(recording.profile, model, prompts, [[], []])
+
+
+def test_two_conversations_at_once_keep_their_splits(model: Any) -> None:
+    prompts, ids, _ = batch(9, 9)
+    with moescope.record(model) as recording, torch.no_grad():
+        outputs = [model(input_ids=ids[i : i + 1], use_cache=True) for i in (0, 1)]
+        for i in (0, 1):
+            model(input_ids=torch.tensor([[11]]), past_key_values=outputs[i].past_key_values)
+    splits = [reference.split(prompt) for prompt in prompts]
+    assert splits[0] != splits[1]
+    for split in splits:
+        assert recording.profile.split_counts[split].sum() == 3 * 3 * 10
+    assert recording.profile.token_counts.tolist() == [[18, 2]]
+
+
+def test_what_throws_tokens_away_is_refused_wherever_it_is_set(model: Any) -> None:
+    from transformers import GenerationConfig
+
+    _, ids, mask = batch(4, 9)
+    with moescope.record(model):
+        with pytest.raises(ModelError, match="leave out num_beams"):
+            model.generate(ids, GenerationConfig(num_beams=3), attention_mask=mask)
+        with pytest.raises(ModelError, match="leave out assistant_early_exit"):
+            model.generate(ids, attention_mask=mask, assistant_early_exit=2)
+        model.generation_config.prompt_lookup_num_tokens = 3
+        with pytest.raises(ModelError, match="leave out prompt_lookup_num_tokens"):
+            model.generate(ids, attention_mask=mask)
+
+
+def test_what_the_user_had_put_on_the_model_comes_back(model: Any) -> None:
+    calls = []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return type(model).generate(model, *args, **kwargs)
+
+    model.generate = own
+    _, ids, mask = batch(4, 9)
+    with moescope.record(model) as recording:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, pad_token_id=PAD)
+    assert model.generate is own
+    assert len(calls) == 1
+    assert recording.profile.tokens == 13 + 2
 
 
 def test_the_model_computes_the_same_with_and_without_recording(model: Any) -> None:

@@ -16,7 +16,7 @@ from moescope.adapters.transformers import TransformersEngine
 from moescope.adapters.transformers_hooks import Rows
 from moescope.profiler import run as run_module
 from moescope.profiler.engine import Completed, Generation, Request
-from moescope.profiler.errors import InvariantError, OutputError, ProfileError
+from moescope.profiler.errors import InvariantError, OptionError, OutputError, ProfileError
 from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder, load_profile
 from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.run import Interrupted, Progress
@@ -195,7 +195,7 @@ def test_resume_in_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         profile(tiny_model("qwen3_moe").to(torch.bfloat16), output_dir=tmp_path / "out", on_progress=Stop(2))
     other = tiny_model("qwen3_moe").to(torch.bfloat16).to(torch.float32)  # the same router weights in bfloat16
-    with pytest.raises(ProfileError, match="used transformers in bfloat16, this one transformers in float32"):
+    with pytest.raises(ProfileError, match="dtype was bfloat16 in the interrupted run and is float32 now"):
         profile(other, output_dir=tmp_path / "out", resume=True)
 
 
@@ -216,6 +216,32 @@ def test_what_is_drained_is_saved_at_once_and_then_now_and_then(
     monkeypatch.setattr(run_module, "SAVE_EVERY", 3600.0)
     profile(model, output_dir=tmp_path / "b")
     assert saves == [1]
+
+
+@pytest.mark.parametrize("where", ["save_partial", "save_final"])
+def test_ctrl_c_while_it_saves_loses_nothing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    original = getattr(OutputFolder, where)
+
+    def save(self: OutputFolder, kept: RoutingProfile) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, kept)
+
+    monkeypatch.setattr(OutputFolder, where, save)
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 3600.0)
+    if where == "save_final":
+        assert_equal(profile(model, output_dir=tmp_path / "out"), load_profile(tmp_path / "out" / PROFILE_NAME))
+    else:  # at the first save, and again at the one that answers it
+        with pytest.raises(Interrupted):
+            profile(model, output_dir=tmp_path / "out")
+        assert load_profile(tmp_path / "out" / PARTIAL_NAME).runs[0].batches == 1
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_absurd_temperatures_are_refused_before_the_run(model: Any, temperature: float) -> None:
+    with pytest.raises(OptionError, match="temperature must be a number from 0 up"):
+        profile(model, temperature=temperature)
 
 
 def test_nothing_to_resume(model: Any, tmp_path: Path) -> None:

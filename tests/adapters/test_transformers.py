@@ -60,13 +60,7 @@ def run(
 ) -> RoutingProfile:
     engine = TransformersEngine(model, name="tiny", batch_size=batch_size, padding_side=padding, **options)
     items = [Prompt(token_ids=tuple(ids), domain="ab"[i % 2]) for i, ids in enumerate(prompts)]
-    return profile_prompts(
-        engine,
-        items,
-        Generation(max_tokens),
-        probabilities=options.get("probabilities", True),
-        coactivation=options.get("coactivation", False),
-    )
+    return profile_prompts(engine, items, Generation(max_tokens))
 
 
 def expected(model: Any, prompts: list[list[int]], generated: list[list[int]]) -> reference.Count:
@@ -181,6 +175,42 @@ def test_sampling_asks_for_plain_sampling_with_a_seed_of_its_own_for_each_batch(
     profile_prompts(engine, items, Generation(3, temperature=1.5, seed=4))
     assert [row[1:] for row in seen] == [(True, 1.5, 0, 1.0)] * 2
     assert len({row[0] for row in seen}) == 2
+
+
+def test_what_the_checkpoint_asks_of_generation_does_not_change_the_run() -> None:
+    model, prompts = tiny_model("qwen3_moe"), prompts_of((4, 9))
+    plain = run(model, prompts, max_tokens=8)
+    config = model.generation_config
+    config.num_beams, config.num_return_sequences, config.repetition_penalty = 2, 2, 5.0
+    np.testing.assert_array_equal(run(model, prompts, max_tokens=8).selection_counts, plain.selection_counts)
+    assert model.generation_config is config
+
+
+def test_a_cache_whose_first_layer_is_linear_attention() -> None:
+    layers = ["linear_attention", "full_attention"] * 2
+    model, prompts = tiny_model("minimax", layer_types=layers), prompts_of((7, 7))
+    profile = run(model, prompts, max_tokens=6, batch_size=1)
+    generated = [reference.greedy(model, ids, 6) for ids in prompts]
+    assert profile.token_counts[:, 1].tolist() == [5, 5]
+    assert_equal(profile, expected(model, prompts, generated))
+
+
+def test_a_family_whose_checkpoint_chooses_the_scoring() -> None:
+    model, prompts = tiny_model("cohere2_moe", expert_selection_fn="sigmoid"), prompts_of()
+    profile = run(model, prompts)
+    assert profile.model.scoring == "sigmoid"
+    assert_equal(profile, expected(model, prompts, [[]] * len(prompts)))
+
+
+def test_the_callers_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(5)
+    expected_next = torch.rand(1)
+    torch.manual_seed(5)
+    engine = TransformersEngine(tiny_model("mixtral"), batch_size=2)
+    torch.manual_seed(5)
+    items = [Prompt(token_ids=(7, 8, 9))]
+    profile_prompts(engine, items, Generation(3, temperature=1.0, seed=2**60))
+    assert torch.equal(torch.rand(1), expected_next)
 
 
 def test_batches_are_longest_first_and_fit_the_token_budget() -> None:

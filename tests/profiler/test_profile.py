@@ -117,6 +117,14 @@ def test_different_models_are_refused(change: dict[str, object], message: str) -
         merge([random_profile(1), random_profile(2, model=replace(MODEL, **change))])  # type: ignore[arg-type]
 
 
+def test_a_profile_without_fingerprint_bridges_no_different_models() -> None:
+    models = [replace(MODEL, fingerprint=fingerprint) for fingerprint in (None, "x", "y")]
+    parts = [random_profile(i, model=model) for i, model in enumerate(models)]
+    for order in itertools.permutations(parts):
+        with pytest.raises(ProfileError, match="router weights differ"):
+            merge(order)
+
+
 def test_one_model_under_two_names_merges() -> None:
     assert merge([random_profile(1), random_profile(2, model=replace(MODEL, id="a/b"))]).model.id == "a/b"
 
@@ -170,6 +178,30 @@ def _weight_without_selection(p: RoutingProfile) -> None:
     p.weight_sums[0, 0, 1, 7] = 0.5
 
 
+def _off_grid(p: RoutingProfile) -> None:
+    p.weight_sums[p.weight_sums > 0] += 1e-9
+
+
+def _too_large(p: RoutingProfile) -> None:
+    p.weight_sums[p.weight_sums > 0] += 2.0**30
+
+
+def _probability_of_padding(p: RoutingProfile) -> None:
+    assert p.probability_sums is not None
+    p.probability_sums[0, 0, 1, 7] = p.probability_sums[0, 0, 1, 0]
+    p.probability_sums[0, 0, 1, 0] = 0
+
+
+def _split_of_another_domain(p: RoutingProfile) -> None:
+    p.split_counts[:, [0, 1]] = p.split_counts[:, [1, 0]]
+
+
+def _pairs_moved(p: RoutingProfile) -> None:
+    assert p.coactivation is not None
+    for i, j in ((0, 1), (1, 0)):
+        p.coactivation[0, i, j] += 1
+
+
 def _probability(p: RoutingProfile) -> None:
     assert p.probability_sums is not None
     p.probability_sums[1, 0, 2, 0] += 1.0
@@ -202,6 +234,11 @@ def _diagonal(p: RoutingProfile) -> None:
         (_nan, "weight_sums.*not finite"),
         (_negative, "split_counts.*negative"),
         (_weight_without_selection, "layer 3: an expert has weight but was never selected"),
+        (_off_grid, "weight_sums.*not sums in units of 2"),
+        (_too_large, "weight_sums.*not sums in units of 2"),
+        (_probability_of_padding, "layer 3: an expert at or beyond E = 6 has probability"),
+        (_split_of_another_domain, "layer 1: split_counts do not sum"),
+        (_pairs_moved, "layer 1: coactivation rows"),
         (_probability, "layer 4: router probabilities do not sum to 1"),
         (_probability_tokens, "probability_tokens exceed"),
         (_pairs, "layer 1: coactivation is not symmetric"),
@@ -258,6 +295,8 @@ def test_files_that_are_not_profiles_are_refused_each_in_its_own_words(tmp_path:
         lambda d: d.pop("model"),
         lambda d: d.pop("format_version"),
         lambda d: d.update(runs=3),
+        lambda d: d.update(format_version=True),
+        lambda d: d.update(format_version=0),
         lambda d: d.update(phases=["x"]),
         lambda d: d["model"].update(layers=[]),
         lambda d: d["model"].update(layers=[{"index": 1, "experts": 8, "top_k": 9}]),

@@ -224,10 +224,12 @@ def test_a_layer_that_routes_twice_or_in_another_shape_fails() -> None:
         ("weights", float("inf"), "layer 2: 1 routing weights that are NaN"),
         ("weights", -0.5, "layer 2: 1 routing weights that are NaN"),
         ("logits", float("nan"), "layer 2: 1 tokens with NaN or infinite router scores"),
+        ("logits", float("inf"), "layer 2: 1 tokens with NaN or infinite router scores"),
     ],
 )
 def test_faults_are_counted_and_fail_the_drain(part: str, value: float | str, message: str) -> None:
-    made = recorder()
+    made = Recorder(LAYERS, scoring="sigmoid")
+    made.start(GROUPS)
     made.begin(5, None, torch.zeros(5, dtype=torch.int64))
     for slot, layer in enumerate(LAYERS):
         tensors = dict(zip(("ids", "weights", "logits"), choices(5, layer, slot), strict=True))
