@@ -1,6 +1,7 @@
 """Profile through transformers: load a checkpoint, pad and batch prompts, record the routing of every real token."""
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -174,6 +175,8 @@ class TransformersEngine:
             if new > 1:  # the last generated token is never fed back
                 tokens[Group(request.domain, DECODE, request.split)] += new - 1
         sums = self.recorder.drain(list(tokens.values()), f"batch {batch}: ")
+        if self._device.type == "cpu":
+            _return_freed_memory()
         return Completed(sums, tuple(tokens.values()))
 
     def _generate(self, ids: torch.Tensor, mask: torch.Tensor, generation: Generation, batch: int) -> tuple[int, ...]:
@@ -237,6 +240,12 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing is held beyond the model."""
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give freed activations back, which batches of ever new shapes would pile up; elsewhere do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
