@@ -300,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser, repetitions=20)
     parser.add_argument("--layers", type=int, default=2, metavar="L", help="2.5 GB each; default: %(default)s")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a kernel; default: torch's own choice")
+    parser.add_argument("--cases", default="batch,one,decode", metavar="LIST", help="some of %(default)s")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -316,7 +317,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         cases, repetitions = [prefill_case(model, 1), decode_case(model, 4)], min(options.repetitions, 3)
     else:
-        cases = [prefill_case(model, len(batch)), prefill_case(model, 1), decode_case(model, DECODE_STEPS)]
+        makers: dict[str, Callable[[], Case]] = {
+            "batch": lambda: prefill_case(model, len(batch)),
+            "one": lambda: prefill_case(model, 1),
+            "decode": lambda: decode_case(model, DECODE_STEPS),
+        }
+        cases = [makers[name]() for name in options.cases.split(",")]
         repetitions = options.repetitions
     host = this_host()
     rows: list[Row] = []
