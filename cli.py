@@ -144,7 +144,7 @@ def profile(
     ] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Prompts in a batch at most; auto fits memory.")] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first LIMIT prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Use the first LIMIT prompts.")] = None,
     prompt_field: Annotated[str | None, typer.Option(help="Field or column that holds the prompt.")] = None,
     domain_field: Annotated[str | None, typer.Option(help="Field or column that holds the domain.")] = None,
     max_prompt_tokens: Annotated[
@@ -184,6 +184,8 @@ def profile(
         raise OptionError("--measure probability needs the distributions that --probabilities off leaves out")
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted run")
+    if model == "":
+        raise OptionError("--model is empty; name the folder of a checkpoint or a hub id, or leave the option out")
     _prepare_engine()
 
     from moescope.adapters.session import open_engine, profile_prompts
@@ -293,6 +295,8 @@ def merge(
     from moescope.profiler.files import load_profile, save_profile
     from moescope.profiler.profile import merge as merge_profiles
 
+    if output.exists() and not output.is_file():
+        raise OutputError(f"{output} is not a file that can be replaced; choose another name")
     if output.exists() and not force:
         raise OutputError(f"{output} exists; choose another name, or --force to overwrite")
     merged = merge_profiles(load_profile(path) for path in profiles)
@@ -361,7 +365,8 @@ def _print_findings(data: "ReportData") -> None:
     for pattern in data.periodic.patterns:
         if pattern.num_pairs:
             typer.echo(
-                f"  Δ = {pattern.delta:<3} mean r = {pattern.mean:+.2f} over {pattern.num_pairs} pairs of layers "
+                f"  Δ = {pattern.delta:<3} mean r = {pattern.mean:+.2f} over {pattern.num_pairs} "
+                f"{'pair' if pattern.num_pairs == 1 else 'pairs'} of layers "
                 f"({pattern.strength})"
             )
 
@@ -473,6 +478,10 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
     except MemoryError as error:
         if debug:
             raise

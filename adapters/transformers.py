@@ -322,9 +322,17 @@ def load_engine(
             bind(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), model)
         chosen = _dtype(dtype, config, model, target)
         extra = {"attn_implementation": attention} if attention else {}
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=chosen, trust_remote_code=trust_remote_code, **extra
+        loaded, loading = AutoModelForCausalLM.from_pretrained(
+            model,
+            config=config,
+            dtype=chosen,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **extra,
         )
+        missing = sorted(loading["missing_keys"])
+        if missing:  # transformers would go on with random ones
+            raise ModelError(f"cannot load {model}: {len(missing)} weights are missing, e.g. {missing[0]}")
         loaded = loaded.to(target)
     except ModelError:
         raise

@@ -122,6 +122,8 @@ def bind(model: Any, name: str) -> Binding:
         path, module = experts[index]
         router = _router(model, path, name)
         count, top_k = _layer_sizes(model, module, router)
+        if not 1 <= top_k <= count:
+            raise ModelError(f"{name}: layer {index} has {count} experts, but its top-k is {top_k}")
         scale = float(getattr(router, family.scale, 1.0)) if family.scale else 1.0
         layers.append(MoeLayer(LayerInfo(index, count, top_k), module, router, scale))
     info = ModelInfo(

@@ -123,9 +123,8 @@ class OutputFolder:
         if resume and not path.is_dir():
             raise OutputError(f"No such folder: {path}; --resume goes on in the folder of the interrupted run")
         try:
-            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+            self._created = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
-            self._created = missing
             self._lock = open(path / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115 - held until close
             with tempfile.TemporaryFile(dir=path):
                 pass

@@ -268,8 +268,10 @@ def check_arrays(model: ModelInfo, domains: Sequence[str], arrays: Mapping[str, 
             raise InvariantError(f"tensor {buffer.name!r} holds values that are not finite")
         if array.size and array.min() < 0:
             raise InvariantError(f"tensor {buffer.name!r} holds negative values")
+        if not buffer.fixed_point and array.max(initial=0) >= 2**53:
+            raise InvariantError(f"tensor {buffer.name!r} holds counts beyond 2**53")
         if buffer.fixed_point:
-            units = np.ldexp(array, FIXED_POINT_BITS)
+            units = np.ldexp(np.minimum(array, 2.0**53), FIXED_POINT_BITS)
             if (units != np.rint(units)).any() or units.max(initial=0) >= 2**53:
                 raise InvariantError(f"tensor {buffer.name!r} holds values that are not sums in units of 2**-24")
     if ("probability_sums" in arrays) != ("probability_tokens" in arrays):
@@ -483,7 +485,7 @@ def parse_header(text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
         version = data["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProfileError("its header is not a moescope header") from error
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ProfileError(
@@ -506,7 +508,7 @@ def parse_header(text: str) -> dict[str, Any]:
             "version": str(data["moescope_version"]),
             "runs": tuple(_parse_run(run) for run in data["runs"]),
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ProfileError(f"its header is damaged ({error})") from error
 
 

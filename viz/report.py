@@ -14,7 +14,7 @@ from moescope.viz.summary import summary_text
 from moescope.viz.wording import subject
 
 
-def write_report(report: ReportData, folder: Path, *, structured: bool = True) -> list[Path]:
+def write_report(report: ReportData, folder: Path | str, *, structured: bool = True) -> list[Path]:
     """Write the report into a folder, replacing files of the same names; each file appears whole or not at all.
 
     Args:
@@ -28,6 +28,7 @@ def write_report(report: ReportData, folder: Path, *, structured: bool = True) -
     Raises:
         OSError: if the folder cannot be made or written to.
     """
+    folder = Path(folder)
     about = subject(report)
     figures = {
         "expert_activation_heatmap.html": activation_heatmap(report.activations, about),

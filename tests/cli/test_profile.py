@@ -353,6 +353,29 @@ def test_bad_models(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_weights_are_refused_not_made_up(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(checkpoint, tmp_path / "holes")
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.layers.2.mlp.gate.weight"]
+    save_file(tensors, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
+    done = cli("profile", "hello", "-m", "holes", "--max-tokens", 0, "-o", "out")
+    assert done.code == 2
+    assert "1 weights are missing, e.g. model.layers.2.mlp.gate.weight" in done.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_no_file_can_have(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    name = "a" * 300
+    assert "--model is empty" in cli("profile", "hello", "-m", "").error
+    assert "File name too long" in cli("profile", "hello", "-m", checkpoint, "-o", f"new/deeper/{name}").error
+    for arguments in (["info", name], ["report", name, "-o", "r"], ["merge", name, "-o", "m"]):
+        assert cli(*arguments).code == 2
+    assert "not a file that can be replaced" in cli("merge", name, "-o", ".", "--force").error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_output_folders(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

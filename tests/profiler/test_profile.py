@@ -178,6 +178,12 @@ def _weight_without_selection(p: RoutingProfile) -> None:
     p.weight_sums[0, 0, 1, 7] = 0.5
 
 
+def _wrapping(p: RoutingProfile) -> None:
+    for array in p.arrays().values():
+        array[...] = 0
+    p.token_counts[...] = 2**62  # k·T wraps to 0 in int64 where k is a multiple of 4
+
+
 def _off_grid(p: RoutingProfile) -> None:
     p.weight_sums[p.weight_sums > 0] += 1e-9
 
@@ -234,6 +240,7 @@ def _diagonal(p: RoutingProfile) -> None:
         (_nan, "weight_sums.*not finite"),
         (_negative, "split_counts.*negative"),
         (_weight_without_selection, "layer 3: an expert has weight but was never selected"),
+        (_wrapping, "token_counts.*beyond 2"),
         (_off_grid, "weight_sums.*not sums in units of 2"),
         (_too_large, "weight_sums.*not sums in units of 2"),
         (_probability_of_padding, "layer 3: an expert at or beyond E = 6 has probability"),
