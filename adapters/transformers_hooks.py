@@ -282,11 +282,11 @@ class Rows:
             counted[:, late] &= ~self.finished.cpu()[:, None]
         self.done_columns = max(self.done_columns, past + width)
 
-        groups = self.groups()
+        where = {group: index for index, group in enumerate(self.groups())}
         group = torch.empty(batch, width, dtype=torch.int64)
         for phase, part in ((PREFILL, ~late), (DECODE, late)):
             if part.any():
-                index = torch.tensor([groups.index(Group(domain, phase, split)) for domain, split in self.owners])
+                index = torch.tensor([where[Group(domain, phase, split)] for domain, split in self.owners])
                 group[:, part] = index.repeat_interleave(samples)[:, None]
         return counted, group
 

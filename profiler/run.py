@@ -98,9 +98,8 @@ def run_profile(
         "chunk": CHUNK,
         "domains_sha256": hashlib.sha256(domain_bytes).hexdigest(),
     }
-    if (
-        resume is not None and len(resume.runs) == 1
-    ):  # batches must be those of the interrupted run, however much memory is free today
+    if resume is not None and len(resume.runs) == 1:
+        # batches must be those of the interrupted run, however much memory is free today
         engine.batching = {name: resume.runs[0].settings.get(name, size) for name, size in engine.batching.items()}
     settings |= engine.batching
     if resume is None:
@@ -149,9 +148,10 @@ def run_profile(
                 folder.save_partial(profile)
             raise Interrupted(profile) from error
         profile = totals.profile(replace(run, complete=True))
-        profile.check()
-        if folder is not None:
-            folder.save_final(profile)
+        if folder is None:
+            profile.check()
+        else:
+            folder.save_final(profile)  # checks it too
     return profile
 
 
