@@ -32,8 +32,48 @@ def _transformers(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Eng
     return TransformersEngine(model, tokenizer, **kept)
 
 
+def _vllm(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:
+    from moescope.adapters.vllm import VllmEngine
+
+    if not isinstance(model, (str, Path)):
+        raise OptionError("--engine vllm takes the name of a model, not a loaded one")
+    device = options.get("device", "auto")
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"--device {device}: vLLM takes the device that it was built for; CUDA_VISIBLE_DEVICES chooses")
+    if options.get("attention"):
+        raise OptionError("--attention is for transformers; for vLLM write --engine-arg attention_backend=NAME")
+    kept = {name: value for name, value in options.items() if name not in ("device", "attention")}
+    if isinstance(model, str) and model.startswith(DEMO):
+        return VllmEngine(str(model_path(model.removeprefix(DEMO))), name=model, **kept)
+    return VllmEngine(str(model), **kept)
+
+
 #: Engines by name; each opens a model given as a name, or as a loaded object where the engine takes one.
-ENGINES: Final[dict[str, Callable[[Any, Any, Mapping[str, Any]], Engine]]] = {"transformers": _transformers}
+ENGINES: Final[dict[str, Callable[[Any, Any, Mapping[str, Any]], Engine]]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+}
+#: Options that only vLLM takes.
+_VLLM_OPTIONS: Final = ("engine_args", "verify", "ignore_eos")
+
+
+def choose_engine(model: Any, options: Mapping[str, Any]) -> str:
+    """What "auto" means: vLLM where it and a GPU for it are there, and the model is given by its name."""
+    if any(options.get(name) for name in _VLLM_OPTIONS):
+        return "vllm"
+    if not isinstance(model, (str, Path)) or str(model).startswith(DEMO) or options.get("attention"):
+        return "transformers"
+    if options.get("device", "auto") not in ("auto", "cuda"):
+        return "transformers"
+    from moescope.adapters.vllm import vllm_version
+    from moescope.adapters.vllm_plugin import loads_plugin, supported
+
+    version = vllm_version()
+    if version is None or not supported(version) or not loads_plugin():
+        return "transformers"
+    import torch
+
+    return "vllm" if torch.cuda.is_available() else "transformers"
 
 
 def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **options: Any) -> Engine:
@@ -49,12 +89,23 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
         OptionError: An unknown engine.
         ModelError: The model cannot be loaded, or its routing cannot be recorded exactly.
     """
-    name = "transformers" if engine == "auto" else engine
+    name = choose_engine(model, options) if engine == "auto" else engine
     if name not in ENGINES:
-        what = "is not part of this version" if name == "vllm" else "is unknown"
-        raise OptionError(f"--engine {name!r} {what}; choose one of auto, {', '.join(ENGINES)}")
+        raise OptionError(f"--engine {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
     if importlib.util.find_spec(name) is None:
-        raise OptionError(f"--engine {name} needs the package {name!r}, which is not installed")
+        raise OptionError(f"--engine {name} needs the package {name!r}, which is not installed: pip install "
+                          f"'moescope[{name}]'")
+    if name == "transformers":
+        given = [option for option in _VLLM_OPTIONS if options.get(option)]
+        if given:
+            raise OptionError(f"--engine transformers does not take {', '.join(given)}; those are for vLLM")
+        if options.get("probabilities") == "sample":
+            raise OptionError("--probabilities sample is for vLLM; transformers records all or off")
+        options = {key: value for key, value in options.items() if key not in _VLLM_OPTIONS}
+        options["probabilities"] = options.get("probabilities") not in (False, "off")
+    else:
+        wanted = options.get("probabilities")
+        options["probabilities"] = {True: "all", False: "off", None: "sample"}.get(wanted, wanted)
     return ENGINES[name](model, tokenizer, options)
 
 
@@ -143,7 +194,7 @@ def profile(
     seed: int = 0,
     max_prompt_tokens: int | None = None,
     truncate: bool = False,
-    probabilities: bool = True,
+    probabilities: bool | str | None = None,
     coactivation: bool = False,
     output_dir: str | Path | None = None,
     force: bool = False,
@@ -169,7 +220,8 @@ def profile(
         seed: Of the sampling and of the splits.
         max_prompt_tokens: Longest prompt; by default what fits the model's context.
         truncate: Cut longer prompts rather than refuse the set.
-        probabilities: Sum the router's full distribution of every token.
+        probabilities: Whose full distributions are summed: "off", "sample" or "all" (or False and True). By default
+            all in transformers, and a sample of the tokens, 1 in 64, in vLLM.
         coactivation: Count which experts are chosen together.
         output_dir: Folder for `profile.safetensors`, saved as it grows; None keeps nothing on disk.
         force: Write into a folder that already holds results.

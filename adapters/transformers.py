@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moescope.adapters.encoding import encode_prompts, first_line
 from moescope.adapters.transformers_hooks import DECODE, PREFILL, Binding, Rows, Watch, bind, family_of, overridden
 from moescope.profiler.engine import Completed, Generation, Request
-from moescope.profiler.errors import ModelError, OptionError, PromptError
+from moescope.profiler.errors import ModelError, OptionError
 from moescope.profiler.profile import EngineInfo
 from moescope.profiler.prompts import Prompt
 from moescope.profiler.recorder import Group, Recorder
@@ -87,37 +88,8 @@ class TransformersEngine:
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of prompts given as text (with the tokenizer's special tokens) or as messages (chat template)."""
-        if self._tokenizer is None:
-            raise ModelError(f"{self.model.id} has no tokenizer; give prompts as prompt_token_ids")
-        encoded: list[list[int]] = [[]] * len(prompts)
-        texts = [i for i, prompt in enumerate(prompts) if prompt.text is not None]
-        if texts:
-            ids = self._tokenizer([prompts[i].text for i in texts], add_special_tokens=True, verbose=False)["input_ids"]
-            for i, tokens in zip(texts, ids, strict=True):
-                encoded[i] = list(tokens)
-        for i, prompt in enumerate(prompts):
-            if prompt.messages is not None:
-                encoded[i] = self._encode_messages(prompt)
-        return encoded
-
-    def _encode_messages(self, prompt: Prompt) -> list[int]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise PromptError(
-                f"{prompt.source}: {self.model.id} has no chat template; give `prompt` instead of `messages`"
-            )
-        try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in prompt.messages or ()],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
-        except Exception as error:  # templates raise what they like
-            raise PromptError(
-                f"{prompt.source}: the chat template refuses the messages: {_first_line(error)}"
-            ) from error
-        return [int(token) for token in ids]
+        """Token ids of prompts given as text or as messages; see `encode_prompts`."""
+        return encode_prompts(self._tokenizer, prompts, self.model.id)
 
     def plan(self, lengths: NDArray[np.int64], generation: Generation) -> list[list[int]]:
         """Batches of prompts of like length, longest first; the same every time for the same lengths.
@@ -234,6 +206,10 @@ class TransformersEngine:
         fitting = free_memory(self._device) // 4 // each
         return max(1, min(_MAX_PADDED_TOKENS[kind], int(fitting)))
 
+    def findings(self) -> dict[str, Any]:
+        """Nothing beside the settings."""
+        return {}
+
     def router_weights(self) -> list[NDArray[np.float32]]:
         """Router weights of each MoE layer, float32 (E, H)."""
         return self.binding.router_weights()
@@ -315,7 +291,7 @@ def load_engine(
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, JSON and remote-code errors of many kinds
-        raise ModelError(f"cannot read the config of {model}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config of {model}: {first_line(error)}") from error
     family_of(config, model)
     try:
         with torch.device("meta"):
@@ -337,7 +313,7 @@ def load_engine(
     except ModelError:
         raise
     except Exception as error:  # loading fails in many ways, all of them the model's
-        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception:  # a model without tokenizer still takes token ids; `encode` says what is missing
@@ -389,8 +365,3 @@ def _dtype(dtype: str, config: Any, model: str, device: torch.device) -> torch.d
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
     small = stored and 2 * stored < free_memory() // 2
     return torch.float32 if small else "auto"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

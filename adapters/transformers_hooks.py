@@ -6,7 +6,6 @@ opens a step before a forward and commits it after.
 """
 
 import contextlib
-import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from moescope.adapters.families import FAMILIES, REFUSED, Family
 from moescope.profiler.errors import ModelError
+from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.profile import LayerInfo, ModelInfo
 from moescope.profiler.recorder import Group, Recorder
 
@@ -168,13 +168,8 @@ def _router_weight(layer: MoeLayer) -> Tensor:
 
 
 def _fingerprint(layers: Sequence[MoeLayer]) -> str | None:
-    digest = hashlib.sha256()
-    for layer in layers:
-        weight = _router_weight(layer)
-        if weight.is_meta:
-            return None
-        digest.update(weight.detach().to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    weights = [_router_weight(layer) for layer in layers]
+    return None if any(weight.is_meta for weight in weights) else router_fingerprint(weights)
 
 
 def check_scoring(layer: MoeLayer, family: Family, logits: Tensor, ids: Tensor, weights: Tensor) -> None:

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.profiler.profile import EngineInfo, ModelInfo
 from moescope.profiler.prompts import Prompt
-from moescope.profiler.recorder import GroupSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +41,24 @@ class Generation:
     seed: int = 0
 
 
+class Sums(Protocol):
+    """Sums that were held against the requests' own lengths."""
+
+    def add_to(self, arrays: dict[str, NDArray[np.int64]], tokens: Sequence[int]) -> None:
+        """Add to a profile's integer totals, by the names of its buffers."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Completed:
     """What came out of a batch of requests.
 
     Attributes:
-        sums: Sums by group, already held against the lengths.
-        tokens: For each group, tokens that were routed, from prompt lengths and outputs.
+        sums: Sums, already held against the lengths.
+        tokens: For each group of the sums, tokens that were routed, from prompt lengths and outputs.
     """
 
-    sums: GroupSums
+    sums: Sums
     tokens: tuple[int, ...]
 
 
@@ -86,6 +93,10 @@ class Engine(Protocol):
 
     def run(self, requests: Sequence[Request], generation: Generation, batch: int) -> Completed:
         """Run one batch; raises InvariantError if what was recorded does not add up."""
+        ...
+
+    def findings(self) -> dict[str, Any]:
+        """What the run's record says beside its settings when it is complete; JSON types."""
         ...
 
     def router_weights(self) -> list[NDArray[np.float32]]:

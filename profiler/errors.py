@@ -27,3 +27,7 @@ class OutputError(MoescopeError):
 
 class OptionError(MoescopeError):
     """An option has a value that cannot be used."""
+
+
+class EngineError(MoescopeError):
+    """An engine failed while it ran; what had been drained before is kept."""

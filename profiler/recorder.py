@@ -59,6 +59,19 @@ class GroupSums:
     probability_tokens: NDArray[np.int64] | None = None
     coactivation: NDArray[np.int64] | None = None
 
+    def add_to(self, arrays: dict[str, NDArray[np.int64]], tokens: Sequence[int]) -> None:
+        """Add to a profile's integer totals; `tokens` are the tokens T of each group, from the requests' own lengths."""
+        for g, (domain, phase, split) in enumerate(self.groups):
+            arrays["selection_counts"][domain, phase] += self.selection[g]
+            arrays["split_counts"][split, domain] += self.selection[g]
+            arrays["weight_sums"][domain, phase] += self.weight[g]
+            arrays["token_counts"][domain, phase] += tokens[g]
+            if self.probability is not None and self.probability_tokens is not None:
+                arrays["probability_sums"][domain, phase] += self.probability[g]
+                arrays["probability_tokens"][domain, phase] += self.probability_tokens[g]
+        if self.coactivation is not None:
+            arrays["coactivation"] += self.coactivation
+
 
 def router_distribution(logits: Tensor, scoring: Scoring) -> Tensor:
     """The router's full distribution over experts, without correction bias and group mask.

@@ -147,6 +147,9 @@ def run_profile(
             if folder is not None and run.batches:
                 folder.save_partial(profile)
             raise Interrupted(profile) from error
+        found = engine.findings()
+        if found:
+            run = replace(run, settings={**run.settings, **found})
         profile = totals.profile(replace(run, complete=True))
         if folder is None:
             profile.check()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from moescope import __version__
 from moescope.profiler.profile import BUFFERS, FIXED_POINT_BITS, ModelInfo, RoutingProfile, RunInfo, axis_sizes
-from moescope.profiler.recorder import GroupSums
+from moescope.profiler.engine import Sums
 
 _UNIT = 2.0**-FIXED_POINT_BITS
 
@@ -50,19 +50,9 @@ class Totals:
                 totals._arrays[buffer.name][...] = scaled.astype(np.int64)
         return totals
 
-    def add(self, sums: GroupSums, tokens: Sequence[int]) -> None:
-        """Add drained sums; `tokens` are the tokens T of each group, from the requests' own lengths."""
-        arrays = self._arrays
-        for g, (domain, phase, split) in enumerate(sums.groups):
-            arrays["selection_counts"][domain, phase] += sums.selection[g]
-            arrays["split_counts"][split, domain] += sums.selection[g]
-            arrays["weight_sums"][domain, phase] += sums.weight[g]
-            arrays["token_counts"][domain, phase] += tokens[g]
-            if sums.probability is not None and sums.probability_tokens is not None:
-                arrays["probability_sums"][domain, phase] += sums.probability[g]
-                arrays["probability_tokens"][domain, phase] += sums.probability_tokens[g]
-        if sums.coactivation is not None:
-            arrays["coactivation"] += sums.coactivation
+    def add(self, sums: Sums, tokens: Sequence[int]) -> None:
+        """Add drained sums; `tokens` are those that an engine gave with them."""
+        sums.add_to(self._arrays, tokens)
 
     def profile(self, run: RunInfo) -> RoutingProfile:
         """A profile of what has been added so far, as `run`."""

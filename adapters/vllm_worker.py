@@ -1,0 +1,568 @@
+"""The recorder inside one vLLM worker: which rows of each step count, and where their counts go.
+
+A step is held back until the scheduler's ledger has said how far its requests got (see `moescope.adapters.vllm_ledger`);
+then its rows are counted once, by position, so that recomputed tokens, rejected drafts, and rows past a request's last
+token do not count.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moescope.adapters.vllm_ledger import NOTE, Note
+from moescope.adapters.vllm_parts import Part, save_part, save_serving
+from moescope.adapters.vllm_routing import find_layers, stage
+from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, VERIFY_KEY, Settings
+from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
+from moescope.profiler.fingerprint import router_fingerprint
+from moescope.profiler.run import SAVE_EVERY, timestamp
+from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, SPLITS, Copied, StagedRecorder, cell_of
+from moescope.profiler.tokens import split_of
+
+_SHARES: Final = {"off": 0.0, "sample": SAMPLE_SHARE, "all": 1.0}
+#: Name of the domain of requests that name none, and of those that come when no more domains fit.
+_DEFAULT_DOMAIN: Final = "default"
+_OTHER_DOMAIN: Final = "other"
+
+
+@dataclass(slots=True)
+class _Step:
+    """A forward whose rows have not been counted yet."""
+
+    number: int
+    slots: NDArray[np.int64]  # (T,) whose row it is
+    positions: NDArray[np.int64]  # (T,)
+    cells: NDArray[np.int32]  # (T,) negative: does not count
+    drafts: bool
+    sampled: NDArray[np.int64]  # rows
+    copied: Copied | None = None
+
+
+@dataclass(slots=True)
+class _Table:
+    """What is known of the requests in flight, by slot."""
+
+    slot_of: dict[str, int] = field(default_factory=dict)
+    free: list[int] = field(default_factory=list)
+    prompt: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    base: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # cell of its prefill
+    start: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # next position to be fed
+    done: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # positions below were counted
+    floor: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # …and these are certain
+    counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    whole: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # recorded from its first token
+
+    def add(self, request_id: str) -> int:
+        if not self.free:
+            size = len(self.prompt)
+            grown = max(64, size)
+            for name in ("prompt", "base", "start", "done", "floor", "counted", "whole"):
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate([column, np.zeros(grown, column.dtype)]))
+            self.free = list(range(size + grown - 1, size - 1, -1))
+        slot = self.free.pop()
+        self.slot_of[request_id] = slot
+        return slot
+
+
+class WorkerRecorder:
+    """Records one worker's model; made when the model has been loaded, armed when the engine has warmed up.
+
+    Args:
+        worker: vLLM's worker.
+        settings: What to record.
+
+    Raises:
+        ModelError: This model or engine cannot be recorded exactly; the message says what would help.
+    """
+
+    def __init__(self, worker: Any, settings: Settings) -> None:
+        self.settings = settings
+        config = worker.vllm_config
+        parallel = config.parallel_config
+        _refuse(config)
+        self._runner = worker.model_runner
+        self._layers = find_layers(self._runner.get_model())
+        self.rank = _rank(parallel)
+        self._table = _Table()
+        self._steps: deque[_Step] = deque()
+        self._closing: list[tuple[int, str, int, int]] = []
+        self._order: list[str] = []
+        self._order_slots = np.zeros(0, np.int64)
+        self._uploaded: tuple[NDArray[np.int32], Tensor] | None = None
+        self._upcoming: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._armed = False
+        self._on = settings.serving
+        self._error: str | None = None
+        self._requests = 0
+        self._verified: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {}
+        self._domains: list[str] = [] if settings.serving else [str(i) for i in range(settings.domains)]
+        self._description = _describe(config)
+        self._run = str(uuid.uuid4())
+        self._created = timestamp()
+        self._fingerprint: str | None = None
+        self._lock = threading.Lock()
+        self._saver: Saver | None = None
+        self.recorder: StagedRecorder | None = None
+        if self._layers:
+            self.recorder = self._bind(config)
+
+    def _bind(self, config: Any) -> StagedRecorder:
+        scheduler = config.scheduler_config
+        scorings = {layer.scoring for layer in self._layers}
+        if len(scorings) != 1 or len({layer.info.top_k for layer in self._layers}) != 1:
+            raise ModelError("MoE layers differ in their scoring function or their top-k; this cannot be recorded yet")
+        sizes = [scheduler.max_num_batched_tokens, scheduler.max_num_seqs]
+        sizes += config.compilation_config.cudagraph_capture_sizes or []
+        try:
+            recorder = StagedRecorder(
+                [layer.info for layer in self._layers],
+                scoring=self._layers[0].scoring,
+                scales=[layer.scale for layer in self._layers],
+                capacity=max(sizes),
+                domains=self.settings.domains,
+                share=_SHARES[self.settings.probabilities],
+                coactivation=self.settings.coactivation,
+                seed=self.settings.seed,
+                device=self._runner.device,
+            )
+            recorder.warm_up()
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"no room on {self._runner.device} for the recorder; lower max_num_batched_tokens, or leave out "
+                "--probabilities all and --coactivation"
+            ) from error
+        for slot, layer in enumerate(self._layers):
+            stage(recorder, slot, layer, config.parallel_config.data_parallel_size)
+        gates = [layer.gate for layer in self._layers]
+        if config.parallel_config.pipeline_parallel_size == 1 and all(gate is not None for gate in gates):
+            self._fingerprint = router_fingerprint(gate for gate in gates if gate is not None)
+        return recorder
+
+    @property
+    def depth(self) -> int:
+        """MoE layers of this worker."""
+        return len(self._layers)
+
+    def arm(self) -> None:
+        """The engine has warmed up and captured its graphs: from now on, forwards are real."""
+        self._armed = True
+        if self.settings.serving:
+            self._saver = Saver(self.save)
+
+    def close(self) -> None:
+        """The worker shuts down; a server saves once more."""
+        if self._saver is not None:
+            self._saver.close()
+            self._saver = None
+            self.save()
+
+    # around every step of the worker
+
+    def before(self, output: Any) -> None:
+        """A step is about to run: settle what earlier steps left open. Never raises: a fault fails the next dump."""
+        with self._guard():
+            self._before(output)
+
+    def after(self, output: Any) -> None:
+        """A step has been launched: note whose rows it has. Never raises."""
+        with self._guard():
+            self._after(output)
+
+    def before_dummy(self) -> None:
+        """A forward that no request asked for is about to run."""
+        with self._guard():
+            self._make_room()
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Keep a fault of the recorder away from the engine, which goes on; what was counted is not believed."""
+        with self._lock:
+            try:
+                yield
+            except Exception as error:  # whatever it is, the engine must not die of it
+                self._error = self._error or f"the recorder failed: {type(error).__name__}: {error}"
+
+    def _before(self, output: Any) -> None:
+        recorder = self.recorder
+        if recorder is None or not self._armed:
+            return
+        note: Note | None = getattr(output, NOTE, None)
+        if note is None:
+            self._error = self._error or "the scheduler sends no notes: the moescope plug-in did not load in the engine"
+            return
+        self._limit(note)
+        self._settle(note.settled)
+        total = output.total_num_scheduled_tokens
+        if total:
+            self._make_room()
+            self._upcoming = recorder.choose_sample(total) if self._on else self._upcoming[:0]
+
+    def _after(self, output: Any) -> None:
+        if self.recorder is None or not self._armed or not hasattr(output, NOTE):
+            return
+        self._learn(output)
+        if not output.total_num_scheduled_tokens:
+            return
+        order = _batch_order(self._runner)
+        scheduled = output.num_scheduled_tokens
+        if order != self._order:
+            self._order = list(order)
+            self._order_slots = np.array([self._table.slot_of[name] for name in order], np.int64)
+        slots = self._order_slots
+        table = self._table
+        total = output.total_num_scheduled_tokens
+        if total == len(order):
+            lengths = np.ones(total, np.int64)
+        else:
+            lengths = np.array([scheduled[name] for name in order], np.int64)
+        if int(lengths.sum()) != total:
+            self._error = self._error or f"a step of {total} tokens has {int(lengths.sum())} rows"
+            return
+        starts = table.start[slots]
+        ends = np.cumsum(lengths)
+        rows = np.repeat(slots, lengths)
+        positions = np.arange(total) - np.repeat(ends - lengths - starts, lengths)
+        if self._on:
+            phase = np.where(positions < table.prompt[rows], 0, SPLITS)
+            cells = np.where(positions >= table.done[rows], table.base[rows] + phase, -1).astype(np.int32)
+            table.done[slots] = np.maximum(table.done[slots], starts + lengths)
+        else:
+            cells = np.full(total, -1, np.int32)
+            table.whole[slots] = False
+        table.start[slots] = starts + lengths
+        drafts = bool(output.scheduled_spec_decode_tokens)
+        step = _Step(getattr(output, NOTE).step, rows, positions, cells, drafts, self._upcoming)
+        self._steps.append(step)
+
+    def _make_room(self) -> None:
+        """The staging buffers are about to be written: keep a copy of what is still open."""
+        if self.recorder is not None:
+            for step in self._steps:
+                if step.copied is None:
+                    step.copied = self.recorder.copy(len(step.cells), len(step.sampled))
+
+    def _learn(self, output: Any) -> None:
+        """Take in the requests and positions of a step."""
+        table = self._table
+        for new in output.scheduled_new_reqs:
+            slot = table.add(new.req_id)
+            ids = new.prompt_token_ids
+            prompt = len(ids) if ids is not None else len(new.prompt_embeds)
+            domain, split = self._tags(new)
+            table.prompt[slot] = prompt
+            table.base[slot] = cell_of(domain, PREFILL, split)
+            table.start[slot] = table.done[slot] = new.num_computed_tokens
+            table.floor[slot] = table.counted[slot] = 0
+            table.whole[slot] = True
+            self._requests += 1
+        cached = output.scheduled_cached_reqs
+        if cached.req_ids:
+            slots = np.array([table.slot_of[name] for name in cached.req_ids], np.int64)
+            starts = np.array(cached.num_computed_tokens, np.int64)
+            if cached.resumed_req_ids:
+                for name, slot in zip(cached.req_ids, slots, strict=True):
+                    if name in cached.resumed_req_ids:
+                        table.floor[slot] = table.done[slot]  # what is fed again below here was counted
+            # rejected drafts: their places are fed anew
+            table.done[slots] = np.maximum(np.minimum(table.done[slots], starts), table.floor[slots])
+            late = starts > table.done[slots]
+            if late.any():  # the prefix cache of another request took some over
+                table.done[slots] = np.maximum(table.done[slots], starts)
+            table.start[slots] = starts
+
+    def _tags(self, new: Any) -> tuple[int, int]:
+        """Domain and split of a request."""
+        given = getattr(new.sampling_params, "extra_args", None) or {}
+        if VERIFY_KEY in given:
+            self._verified[new.req_id] = []
+        if not self.settings.serving:
+            domain, split = int(given.get(DOMAIN_KEY, 0)), int(given.get(SPLIT_KEY, 0))
+            if not (0 <= domain < self.settings.domains and 0 <= split < SPLITS):
+                self._error = self._error or f"request {new.req_id} has domain {domain} and split {split}"
+                return 0, 0
+            return domain, split
+        ids = np.asarray(new.prompt_token_ids or [], np.int32)
+        return self._domain_named(given.get(DOMAIN_KEY, _DEFAULT_DOMAIN)), split_of(ids, self.settings.seed)
+
+    def _domain_named(self, name: Any) -> int:
+        name = str(name)
+        if name not in self._domains:
+            fits = len(self._domains) < self.settings.domains - 1 and 0 < len(name) <= 64 and name.isprintable()
+            name = name if fits else _OTHER_DOMAIN
+            if name not in self._domains:
+                self._domains.append(name)
+        return self._domains.index(name)
+
+    def _limit(self, note: Note) -> None:
+        """Drop the rows of open steps that a request did not get to keep."""
+        table = self._table
+        for name, limit in note.limits.items():
+            slot = table.slot_of.get(name)
+            if slot is None:
+                continue
+            for step in self._steps:
+                step.cells[(step.slots == slot) & (step.positions >= limit)] = -1
+            table.done[slot] = min(table.done[slot], limit)
+        for name, routed in note.finished.items():
+            slot = table.slot_of.pop(name, None)
+            if slot is not None:
+                self._closing.append((note.step, name, slot, routed))
+
+    def _settle(self, settled: int) -> None:
+        """Count the steps whose rows are certain, and hold ended requests against the scheduler's lengths."""
+        while self._steps and self._steps[0].number - (0 if self._steps[0].drafts else 1) <= settled:
+            self._count(self._steps.popleft())
+        oldest = self._steps[0].number if self._steps else None
+        table = self._table
+        while self._closing and (oldest is None or self._closing[0][0] <= oldest):
+            _, name, slot, routed = self._closing.pop(0)
+            if table.whole[slot] and table.counted[slot] != routed:
+                self._error = self._error or (
+                    f"request {name}: {int(table.counted[slot]):,} tokens were counted, but its lengths say {routed:,}"
+                )
+            table.free.append(slot)
+            self._order = []  # the slot may come back under another name
+
+    def _count(self, step: _Step) -> None:
+        recorder = self.recorder
+        if recorder is None:
+            return
+        cells = step.cells
+        counted = cells >= 0
+        if not counted.any():
+            if step.copied is None:
+                recorder.ids[:, : len(cells)].fill_(-1)
+            return
+        if self._uploaded is None or not np.array_equal(self._uploaded[0], cells):
+            self._uploaded = (cells, recorder.upload(cells))
+        for name in self._verified:
+            self._keep(name, step, recorder)
+        tokens = np.bincount(cells[counted], minlength=recorder.domains * 2 * SPLITS)
+        sampled = cells[step.sampled] if len(step.sampled) else None
+        recorder.commit(self._uploaded[1], tokens, sampled=sampled, source=step.copied)
+        self._table.counted += np.bincount(step.slots[counted], minlength=len(self._table.counted))
+
+    def _keep(self, name: str, step: _Step, recorder: StagedRecorder) -> None:
+        """Keep the ids of a request whose routing is to be verified, token by token."""
+        slot = self._table.slot_of.get(name)
+        if slot is None:
+            slot = next((closing[2] for closing in self._closing if closing[1] == name), None)
+        rows = np.flatnonzero((step.slots == slot) & (step.cells >= 0))
+        if len(rows):
+            ids = recorder.ids if step.copied is None else step.copied.ids
+            chosen = ids[:, torch.from_numpy(rows).to(ids.device)].cpu()
+            self._verified[name].append((step.positions[rows], chosen))
+
+    # called through RPC
+
+    def describe(self, folder: str) -> dict[str, Any]:
+        """What was bound; router weights go to a file in `folder`."""
+        from safetensors.torch import save_file
+
+        if self._layers and self.rank["writes"]:
+            gates = {str(layer.info.index): layer.gate for layer in self._layers if layer.gate is not None}
+            kept = {name: gate.detach().to(torch.bfloat16).cpu().contiguous() for name, gate in gates.items()}
+            save_file(kept, os.path.join(folder, f"routers-{self._name}.safetensors"))
+        return {
+            "rank": self.rank,
+            "layers": [(layer.info.index, layer.info.experts, layer.info.top_k) for layer in self._layers],
+            "scoring": self._layers[0].scoring if self._layers else None,
+            "routers": sorted({type(layer.router).__name__ for layer in self._layers}),
+            "bytes": self.recorder.nbytes if self.recorder is not None else 0,
+            "capacity": self.recorder.capacity if self.recorder is not None else 0,
+            "kernels": self.recorder is not None and self.recorder._kernels is not None,
+            **self._description,
+        }
+
+    def switch(self, on: bool) -> None:
+        """Start or stop recording; graphs stay as they are."""
+        self._on = on
+
+    def reset(self) -> None:
+        """Drop what was counted."""
+        self._error = None
+        self._requests = 0
+        self._verified.clear()
+        if self.recorder is not None:
+            self.recorder.reset()
+
+    def unsettled(self) -> int:
+        """Steps and ended requests that wait for the scheduler."""
+        return len(self._steps) + len(self._closing)
+
+    def dump(self, folder: str) -> str | None:
+        """Write what was counted to this rank's file in `folder` and start empty; None where another rank writes.
+
+        Raises:
+            InvariantError: It does not add up.
+        """
+        part = self._part()
+        self.reset()
+        if part is None:
+            return None
+        path = os.path.join(folder, f"part-{self._name}.safetensors")
+        save_part(part, Path(path))
+        return path
+
+    def verified(self, folder: str) -> dict[str, Any] | None:
+        """Write the positions (T,) and ids (T, L, K) that were counted of each request that is to be verified."""
+        from safetensors.numpy import save_file
+
+        if not self.rank["writes"] or not self._layers:
+            return None
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, pieces in self._verified.items():
+            if pieces:
+                arrays[f"{name}:positions"] = np.concatenate([positions for positions, _ in pieces])
+                ids = torch.cat([ids for _, ids in pieces], dim=1).permute(1, 0, 2)
+                arrays[f"{name}:ids"] = np.ascontiguousarray(ids.numpy())
+        path = os.path.join(folder, f"verified-{self._name}.safetensors")
+        save_file(arrays, path)
+        return {"path": path, "layers": [layer.info.index for layer in self._layers]}
+
+    def _part(self) -> Part | None:
+        if self.recorder is None or not self.rank["writes"]:
+            return None
+        if self._error:
+            raise InvariantError(self._error)
+        return Part(
+            layers=tuple(layer.info for layer in self._layers),
+            scoring=self._layers[0].scoring,
+            domains=tuple(self._domains) if self.settings.serving else (),
+            rank=self.rank,
+            requests=self._requests,
+            sums=self.recorder.peek(),
+            description=self._description,
+            run=self._run,
+            created=self._created,
+            settings={"seed": self.settings.seed, "probabilities": self.settings.probabilities},
+            fingerprint=self._fingerprint,
+        )
+
+    def save(self) -> None:
+        """A server's save: this rank's part of what was counted so far, replaced in one go."""
+        try:
+            with self._lock:
+                if self.recorder is not None and self.recorder.device.type == "cuda":
+                    torch.cuda.synchronize(self.recorder.device)
+                part = self._part()
+            if part is not None and part.sums.tokens.any():
+                save_serving(part, Path(self.settings.folder), self._name)
+        except MoescopeError as error:
+            Path(self.settings.folder, f"error-{self._name}.txt").write_text(f"{error}\n", encoding="utf-8")
+
+    @property
+    def _name(self) -> str:
+        return f"dp{self.rank['dp']}-pp{self.rank['pp']}-tp{self.rank['tp']}"
+
+
+class Saver:
+    """Calls `save` every 30 seconds, and at once on SIGUSR1, from a thread of its own."""
+
+    def __init__(self, save: Callable[[], None], every: float = SAVE_EVERY) -> None:
+        self._save = save
+        self._every = every
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="moescope-saver", daemon=True)
+        self._thread.start()
+        with contextlib.suppress(ValueError):  # not in the main thread: no signals
+            signal.signal(signal.SIGUSR1, lambda _number, _frame: self._wake.set())
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(self._every)
+            if self._closed:
+                return
+            self._wake.clear()
+            self._save()
+
+    def close(self) -> None:
+        """Stop, when a save that is under way has ended."""
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+
+
+def _batch_order(runner: Any) -> list[str]:
+    """Request ids of the step that was just launched, in the order of their rows; model runners V2 and V1."""
+    state = getattr(runner, "execute_model_state", None)
+    batch = getattr(state, "input_batch", None)
+    if batch is None:
+        batch = runner.input_batch
+    return list(batch.req_ids)
+
+
+def _rank(parallel: Any) -> dict[str, Any]:
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tp = get_tp_group().rank_in_group
+    return {
+        "dp": int(parallel.data_parallel_rank),
+        "pp": int(get_pp_group().rank_in_group),
+        "tp": int(tp),
+        "pp_size": int(parallel.pipeline_parallel_size),
+        "dp_size": int(parallel.data_parallel_size),
+        "writes": tp == 0,  # without sequence parallelism every rank of a group routes the same rows
+    }
+
+
+def _refuse(config: Any) -> None:
+    """Refuse engines whose rows could be miscounted."""
+    import vllm.envs as envs
+
+    parallel = config.parallel_config
+    if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY:
+        raise ModelError("the routing is simulated: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+    if getattr(parallel, "use_sequence_parallel_moe", False):
+        raise ModelError(
+            "MoE layers run sequence-parallel, which is not recorded; choose another all2all_backend, such as "
+            "allgather_reducescatter, or leave out enable_expert_parallel"
+        )
+    if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
+        raise ModelError("micro-batch overlap is not recorded: leave out enable_dbo")
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if name.startswith("prefill") and getattr(parallel, name, 1) > 1:
+            raise ModelError(f"context parallelism is not recorded: leave out {name}")
+    if config.speculative_config is not None and config.scheduler_config.async_scheduling:
+        raise ModelError(
+            "speculative decoding with asynchronous scheduling does not say in time which drafts were kept; set "
+            "async_scheduling=False (on a server: --no-async-scheduling)"
+        )
+
+
+def _describe(config: Any) -> dict[str, Any]:
+    import vllm
+
+    model = config.model_config
+    return {
+        "vllm": vllm.__version__,
+        "model": model.model,
+        "architecture": (model.hf_config.architectures or [type(model.hf_config).__name__])[0],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": _device_name(),
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "enforce_eager": bool(model.enforce_eager),
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "max_model_len": int(model.max_model_len),
+        "vocabulary": int(model.get_vocab_size()),
+        "quantization": model.quantization,
+    }
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+

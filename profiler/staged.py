@@ -1,0 +1,329 @@
+"""The recorder of a serving engine: layers stage inside the engine's graphs, one commit a step counts outside them.
+
+Every buffer has a fixed address, so it can be written from a captured CUDA graph. Nothing synchronises before `drain`.
+"""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moescope.profiler import choices
+from moescope.profiler.choices import FAULTS, POISON, SPLITS
+from moescope.profiler.errors import InvariantError
+from moescope.profiler.profile import LayerInfo, Scoring, check_layer
+
+#: Phases of a token, in the order of a profile's second axis.
+PREFILL, DECODE = 0, 1
+PHASES: Final = 2
+#: Share of the rows whose distributions are recorded where they are sampled.
+SAMPLE_SHARE: Final = 1 / 64
+
+
+def cell_of(domain: int, phase: int, split: int) -> int:
+    """Index of a cell: where a row's counts go."""
+    return (domain * PHASES + phase) * SPLITS + split
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSums:
+    """What a recorder counted between two drains, in a profile's axes; integers throughout.
+
+    Attributes:
+        tokens: int64 [D,P,S], tokens routed, from the scheduler's lengths.
+        cells: int64 [D,P,S,L,E], selections.
+        weight: int64 [D,P,L,E], fixed point.
+        probability: int64 [D,P,L,E], fixed point, or None.
+        probability_tokens: int64 [D,P], or None.
+        coactivation: int64 [L,E,E], or None.
+        places: Index of each counted domain among the run's domains; None: they are the run's domains.
+    """
+
+    tokens: NDArray[np.int64]
+    cells: NDArray[np.int64]
+    weight: NDArray[np.int64]
+    probability: NDArray[np.int64] | None = None
+    probability_tokens: NDArray[np.int64] | None = None
+    coactivation: NDArray[np.int64] | None = None
+    places: tuple[int, ...] | None = None
+
+    def arrays(self) -> dict[str, NDArray[np.int64]]:
+        """By the names of a profile's buffers."""
+        named: dict[str, NDArray[np.int64] | None] = {
+            "selection_counts": self.cells.sum(axis=2),
+            "split_counts": self.cells.sum(axis=1).transpose(1, 0, 2, 3),
+            "weight_sums": self.weight,
+            "token_counts": self.tokens.sum(axis=2),
+            "probability_sums": self.probability,
+            "probability_tokens": self.probability_tokens,
+            "coactivation": self.coactivation,
+        }
+        return {name: array for name, array in named.items() if array is not None}
+
+    def add_to(self, arrays: dict[str, NDArray[np.int64]], tokens: Sequence[int] = ()) -> None:
+        """Add to a profile's integer totals; `tokens` were held against these sums already."""
+        for name, array in self.arrays().items():
+            if self.places is None or name == "coactivation":
+                arrays[name] += array
+                continue
+            axis = 1 if name == "split_counts" else 0
+            for place, domain in enumerate(self.places):
+                into = arrays[name][:, domain] if axis else arrays[name][domain]
+                into += array[:, place] if axis else array[place]
+
+
+class StagedRecorder:
+    """Buffers that an engine's layers stage into, and the sums that commits add to.
+
+    A step is: `choose_sample` (if distributions are recorded), the engine's forward, in which every layer writes the
+    views that `views` gave it, and `commit`. A row that does not count has a negative cell.
+
+    Args:
+        layers: MoE layers in model order; all choose the same number of experts.
+        scoring: Scoring function of the routers.
+        scales: Per layer, the factor that the staged weights carry; divided out.
+        capacity: Rows that a forward has at most, padding included.
+        domains: Number of domains D.
+        share: Share of the rows whose distributions are recorded: 0 none, 1 all.
+        coactivation: Count pairs of experts too.
+        seed: Of the sample.
+        device: Device of the buffers.
+        kernels: Count with Triton; None: where the device is a GPU.
+
+    Raises:
+        ValueError: Layers choose different numbers of experts.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerInfo],
+        *,
+        scoring: Scoring,
+        scales: Sequence[float],
+        capacity: int,
+        domains: int,
+        share: float = 0.0,
+        coactivation: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        kernels: bool | None = None,
+    ) -> None:
+        if len({layer.top_k for layer in layers}) != 1:
+            raise ValueError("layers choose different numbers of experts")
+        self.layers = tuple(layers)
+        self.scoring: Scoring = scoring
+        self.capacity = capacity
+        self.domains = domains
+        self.share = share
+        self.device = torch.device(device)
+        self.experts = max(layer.experts for layer in layers)
+        self.k = layers[0].top_k
+        depth = len(self.layers)
+        if kernels is None:
+            kernels = self.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        self._kernels: Any = None
+        if kernels:
+            from moescope.profiler import kernels as triton_kernels
+
+            self._kernels = triton_kernels
+        like: dict[str, Any] = {"device": self.device}
+        self.ids = torch.full((depth, capacity, self.k), POISON, dtype=torch.int32, **like)
+        self.weights = torch.zeros((depth, capacity, self.k), dtype=torch.float32, **like)
+        self._scales = torch.tensor(list(scales), dtype=torch.float32, **like)
+        self._counts = torch.zeros((domains * PHASES * SPLITS, depth, self.experts), dtype=torch.int64, **like)
+        self._weight_sums = torch.zeros((domains * PHASES, depth, self.experts), dtype=torch.int64, **like)
+        self._faults = torch.zeros((len(FAULTS), depth), dtype=torch.int64, **like)
+        self._pairs = torch.zeros((depth, self.experts, self.experts), dtype=torch.int64, **like) if coactivation else None
+        self.sample = self.distributions = self._distribution_sums = None
+        if share:
+            rows = capacity if share >= 1 else min(capacity, _most(capacity, share))
+            self.sample = torch.full((rows,), POISON, dtype=torch.int32, **like)
+            self.distributions = torch.zeros((depth, rows, self.experts), dtype=torch.float32, **like)
+            self._distribution_sums = torch.zeros_like(self._weight_sums)
+        self._rng = np.random.default_rng(seed)
+        self._tokens = np.zeros(domains * PHASES * SPLITS, dtype=np.int64)
+        self._sampled = np.zeros(domains * PHASES * SPLITS, dtype=np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers on the device."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+    def views(self, slot: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Where the layer in `slot` stages `rows` rows: ids (rows, K) int32 and weights (rows, K) float32."""
+        return self.ids[slot, :rows], self.weights[slot, :rows]
+
+    def stage_distributions(self, slot: int, logits: Tensor) -> None:
+        """Keep the distributions of the sampled rows of one layer; to be called inside the forward.
+
+        Args:
+            slot: Position of the layer in `layers`.
+            logits: (T, E) float, raw router logits.
+        """
+        if self.sample is None or self.distributions is None:
+            return
+        out = self.distributions[slot]
+        if self._kernels is not None:
+            self._kernels.stage_distributions(logits, self.sample, out, sigmoid=self.scoring == "sigmoid")
+        else:
+            stage_distributions(logits, self.sample, out, self.scoring == "sigmoid")
+
+    def choose_sample(self, rows: int) -> NDArray[np.int64]:
+        """Draw the rows of the next forward whose distributions are recorded; each is in with the same chance.
+
+        Returns:
+            int64 [n], ascending.
+        """
+        if self.sample is None:
+            return np.zeros(0, np.int64)
+        if self.share >= 1:
+            chosen = np.arange(rows)
+        else:
+            count = min(int(self._rng.binomial(rows, self.share)), len(self.sample))
+            chosen = np.sort(self._rng.choice(rows, count, replace=False)) if count else np.zeros(0, np.int64)
+        padded = np.full(len(self.sample), POISON, np.int32)
+        padded[: len(chosen)] = chosen
+        self.sample.copy_(_pinned(padded, self.device), non_blocking=True)
+        return chosen
+
+    def upload(self, cells: NDArray[np.int32]) -> Tensor:
+        """Cells of rows on the device, copied without waiting."""
+        return _pinned(cells, self.device).to(self.device, non_blocking=True)
+
+    def commit(
+        self,
+        cells: Tensor,
+        tokens: NDArray[np.int64],
+        *,
+        sampled: NDArray[np.int32] | None = None,
+        source: "Copied | None" = None,
+    ) -> None:
+        """Count a forward and poison what it staged.
+
+        Args:
+            cells: (T,) int32 on the device, the cell of each row; negative: the row does not count.
+            tokens: int64 [C], rows of each cell, from the requests' lengths.
+            sampled: int32 [n], cells of the sampled rows, in the order of `choose_sample`; None: nothing was sampled.
+            source: A copy of what was staged, if the engine has run on since; by default the staging buffers.
+        """
+        rows = len(cells)
+        staged = source or Copied(self.ids[:, :rows], self.weights[:, :rows], self.distributions)
+        with torch.inference_mode():
+            if self._kernels is not None:
+                self._kernels.add_choices(
+                    staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults,
+                    self._pairs,
+                )  # fmt: skip
+            else:
+                if self._pairs is not None:
+                    choices.add_pairs(staged.ids, cells, self._pairs)
+                choices.add_choices(
+                    staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults
+                )
+            if sampled is not None and len(sampled) and staged.distributions is not None:
+                add = choices.add_distributions if self._kernels is None else self._kernels.add_distributions
+                add(
+                    staged.distributions[:, : len(sampled)],
+                    self.upload(sampled),
+                    self._distribution_sums,
+                    self._faults,
+                )
+                np.add.at(self._sampled, sampled[sampled >= 0], 1)
+        self._tokens += tokens
+
+    def copy(self, rows: int, sampled: int = 0) -> "Copied":
+        """A copy of what was staged, poisoning the original: for an engine that runs on before a commit."""
+        with torch.inference_mode():
+            distributions = None if self.distributions is None else self.distributions[:, :sampled].clone()
+            copied = Copied(self.ids[:, :rows].clone(), self.weights[:, :rows].clone(), distributions)
+            self.ids[:, :rows].fill_(POISON)
+        return copied
+
+    def warm_up(self) -> None:
+        """Compile every kernel, counting nothing."""
+        none = np.zeros(len(self._tokens), np.int64)
+        with torch.inference_mode():
+            for rows in (1, self.capacity):
+                self.commit(torch.full((rows,), POISON, dtype=torch.int32, device=self.device), none)
+            if self.sample is not None:
+                cells = np.full(len(self.sample), POISON, np.int32)
+                self.commit(self.upload(cells[:1]), none, sampled=cells)
+
+    def peek(self) -> StagedSums:
+        """The sums so far; synchronises.
+
+        Raises:
+            InvariantError: In some layer the selections are not k·T, an expert exceeds T, or a fault was counted.
+        """
+        for fault, counts in zip(FAULTS, self._faults.tolist(), strict=True):
+            for layer, count in zip(self.layers, counts, strict=True):
+                if count:
+                    raise InvariantError(f"layer {layer.index}: {count:,} {fault}")
+        shape = (self.domains, PHASES, SPLITS)
+        rest = (len(self.layers), self.experts)
+        cells = _fetched(self._counts)
+        for slot, layer in enumerate(self.layers):
+            check_layer(layer, cells[:, slot], self._tokens, "")
+        probability = None if self._distribution_sums is None else _fetched(self._distribution_sums)
+        return StagedSums(
+            tokens=self._tokens.reshape(shape).copy(),
+            cells=cells.reshape(*shape, *rest),
+            weight=_fetched(self._weight_sums).reshape(*shape[:2], *rest),
+            probability=None if probability is None else probability.reshape(*shape[:2], *rest),
+            probability_tokens=None if probability is None else self._sampled.reshape(shape).sum(axis=2),
+            coactivation=None if self._pairs is None else _fetched(self._pairs),
+        )
+
+    def drain(self) -> StagedSums:
+        """The sums so far, and start empty; see `peek`."""
+        sums = self.peek()
+        self.reset()
+        return sums
+
+    def reset(self) -> None:
+        """Drop the sums."""
+        for buffer in (self._counts, self._weight_sums, self._faults, self._pairs, self._distribution_sums):
+            if buffer is not None:
+                buffer.zero_()
+        self._tokens[:] = 0
+        self._sampled[:] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What one forward staged: ids (L, T, K) int32, weights (L, T, K) float32, distributions (L, R, E) or None."""
+
+    ids: Tensor
+    weights: Tensor
+    distributions: Tensor | None
+
+
+def stage_distributions(logits: Tensor, sample: Tensor, out: Tensor, sigmoid: bool) -> None:
+    """The torch reference of `moescope.profiler.kernels.stage_distributions`."""
+    from moescope.profiler.recorder import router_distribution
+
+    slots = ((sample >= 0) & (sample < len(logits))).nonzero().squeeze(1)
+    rows = sample[slots].long()
+    out[slots] = router_distribution(logits[rows], "sigmoid" if sigmoid else "softmax")
+
+
+def _most(capacity: int, share: float) -> int:
+    """Rows that a sample has at most: the mean and eight standard deviations, so that the cap is never met."""
+    mean = capacity * share
+    return math.ceil(mean + 8 * math.sqrt(mean) + 8)
+
+
+def _pinned(array: NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _fetched(buffer: Tensor) -> NDArray[np.int64]:
+    """A copy on the host, also where the device is the host."""
+    return buffer.to("cpu", copy=True).numpy()
