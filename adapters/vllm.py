@@ -207,7 +207,7 @@ class VllmEngine:
             raise EngineError(f"batch {batch}: the vLLM engine failed: {first_line(error)}") from error
         self._wait_until_settled()
         checked = self._call("verified", str(self._folder)) if verified.any() else []
-        sums = self._collect()
+        sums = self._collect(f"batch {batch}: ")
         self._hold_against_lengths(sums, requests, outputs, places, f"batch {batch}: ")
         if verified.any():
             self._compare(checked, outputs, verified, f"batch {batch}: ")
@@ -236,8 +236,12 @@ class VllmEngine:
                 f"{int(expected.sum()):,}"
             )
 
-    def _collect(self) -> StagedSums:
-        paths = [path for path in self._call("dump", str(self._folder)) if path]
+    def _collect(self, what: str) -> StagedSums:
+        written = self._call("dump", str(self._folder))
+        for rank in written:
+            if "error" in rank:
+                raise InvariantError(f"{what}{rank['error']}")
+        paths = [rank["path"] for rank in written if "path" in rank]
         if len(paths) != self._writers:
             raise InvariantError(f"{len(paths)} of {self._writers} ranks wrote what they counted")
         parts = [load_part(Path(path)) for path in paths]
@@ -307,9 +311,7 @@ class VllmEngine:
         try:
             results = self.llm.collective_rpc("moescope", args=(name, *arguments))
         except Exception as error:
-            text = first_line(error)
-            kind = InvariantError if "InvariantError" in str(error) or "layer" in str(error) else EngineError
-            raise kind(f"the vLLM worker answers: {text}") from error
+            raise EngineError(f"the vLLM engine does not answer: {first_line(error)}") from error
         if any(result is None for result in results) and name == "describe":
             raise ModelError("the moescope plug-in did not bind in a worker of vLLM; nothing would be recorded")
         return list(results)

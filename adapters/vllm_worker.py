@@ -403,19 +403,23 @@ class WorkerRecorder:
         """Steps and ended requests that wait for the scheduler."""
         return len(self._steps) + len(self._closing)
 
-    def dump(self, folder: str) -> str | None:
-        """Write what was counted to this rank's file in `folder` and start empty; None where another rank writes.
+    def dump(self, folder: str) -> dict[str, str]:
+        """Write what was counted to this rank's file in `folder` and start empty.
 
-        Raises:
-            InvariantError: It does not add up.
+        Returns:
+            "path" of the file; "error" if it does not add up; neither where another rank writes.
         """
-        part = self._part()
-        self.reset()
+        try:
+            part = self._part()
+        except InvariantError as error:
+            return {"error": str(error)}
+        finally:
+            self.reset()
         if part is None:
-            return None
+            return {}
         path = os.path.join(folder, f"part-{self._name}.safetensors")
         save_part(part, Path(path))
-        return path
+        return {"path": path}
 
     def verified(self, folder: str) -> dict[str, Any] | None:
         """Write the positions (T,) and ids (T, L, K) that were counted of each request that is to be verified."""

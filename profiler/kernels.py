@@ -52,7 +52,6 @@ def _add_choices(  # type: ignore[no-untyped-def]
     counted = here & (cell >= 0)[:, None]
     ids = tl.load(ids_ptr + offset, mask=counted, other=-1)
     weights = tl.load(weights_ptr + offset, mask=counted, other=0.0)
-    tl.store(ids_ptr + offset, -1, mask=here)  # poison: a row that no layer writes again is found
     weights = tl.div_rn(weights, tl.load(scales_ptr + layer))
 
     inside = counted & (ids >= 0) & (ids < experts)
@@ -77,6 +76,10 @@ def _add_choices(  # type: ignore[no-untyped-def]
         both = inside[:, :, None] & inside[:, None, :]
         bins_both = (layer * experts + expert[:, :, None]) * experts + expert[:, None, :]
         tl.atomic_add(pairs_ptr + bins_both, tl.full([ROWS, K, K], 1, tl.int64), mask=both, sem="relaxed")
+    # poison: a row that no layer writes again is found. A small tile is held by several threads at once, so all of
+    # them must have read it first.
+    tl.debug_barrier()
+    tl.store(ids_ptr + offset, -1, mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[misc]
