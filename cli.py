@@ -65,6 +65,7 @@ class Probabilities(StrEnum):
     """Whether full distributions are recorded."""
 
     off = "off"
+    sample = "sample"
     all = "all"
 
 
@@ -152,8 +153,12 @@ def profile(
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
     probabilities: Annotated[
-        Probabilities, typer.Option(help="Record the router's full distribution of every token, or not.")
-    ] = Probabilities.all,
+        Probabilities | None,
+        typer.Option(
+            help="Whose full router distributions to record; sample is 1 token in 64. "
+            "[default: all with transformers, sample with vllm]",
+        ),
+    ] = None,
     coactivation: Annotated[
         bool, typer.Option("--coactivation", help="Also count which experts are chosen together.")
     ] = False,
@@ -167,6 +172,19 @@ def profile(
     attention: Annotated[
         str | None, typer.Option(help="Attention implementation of transformers, e.g. flash_attention_2.")
     ] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option("--engine-arg", help="NAME=VALUE, any argument of vllm.LLM; may be given several times."),
+    ] = None,
+    verify: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Share of the requests whose routing is compared with vLLM's own capture, id by id."
+        ),
+    ] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Generate --max-tokens for every prompt, past its end (vllm).")
+    ] = False,
 ) -> None:
     r"""Record which experts a model chooses over a set of prompts, and report on it.
 
@@ -177,6 +195,7 @@ def profile(
       moescope profile prompts.jsonl --model Qwen/Qwen3-30B-A3B
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
+      moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
     """
     intervals = _intervals(periodic_intervals)
     size = _batch_size(batch_size)
@@ -188,7 +207,7 @@ def profile(
         raise OptionError("--model is empty; name the folder of a checkpoint or a hub id, or leave the option out")
     _prepare_engine()
 
-    from moescope.adapters.session import open_engine, profile_prompts
+    from moescope.adapters.session import open_engine, parse_engine_args, profile_prompts
     from moescope.profiler.demo import prompts_path
     from moescope.profiler.engine import Generation
     from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder
@@ -212,8 +231,11 @@ def profile(
                 trust_remote_code=trust_remote_code,
                 attention=attention,
                 batch_size=size,
-                probabilities=probabilities is Probabilities.all,
+                probabilities=None if probabilities is None else probabilities.value,
                 coactivation=coactivation,
+                engine_args=parse_engine_args(engine_arg or []),
+                verify=verify,
+                ignore_eos=ignore_eos,
             )
         tokens = max_tokens
         if tokens is None:
@@ -224,6 +246,8 @@ def profile(
             f"top-{max(opened.model.top_k)}; {opened.info.name} {opened.info.version} on {opened.info.device}, "
             f"{opened.info.dtype}"
         )
+        if opened.note:
+            _console.print(opened.note)
         try:
             with _progress() as (on_tokenized, on_progress):
                 done = profile_prompts(

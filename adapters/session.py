@@ -2,9 +2,10 @@
 
 import contextlib
 import importlib.util
+import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,6 +108,25 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
         wanted = options.get("probabilities")
         options["probabilities"] = {True: "all", False: "off", None: "sample"}.get(wanted, wanted)
     return ENGINES[name](model, tokenizer, options)
+
+
+def parse_engine_args(items: Sequence[str]) -> dict[str, Any]:
+    """Arguments of vLLM from `name=value`; values are JSON where they can be, else text.
+
+    Raises:
+        OptionError: An item is not `name=value`.
+    """
+    parsed: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"--engine-arg {item!r}: write name=value, e.g. max_model_len=8192")
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
+            parsed[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return parsed
 
 
 def profile_prompts(

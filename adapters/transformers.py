@@ -87,6 +87,11 @@ class TransformersEngine:
             device=self._device,
         )
 
+    @property
+    def note(self) -> str:
+        """Nothing to say."""
+        return ""
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts given as text or as messages; see `encode_prompts`."""
         return encode_prompts(self._tokenizer, prompts, self.model.id)

@@ -1,7 +1,6 @@
 """Profile inside vLLM: its own batching, scheduling and graphs, with the counts kept on the device."""
 
 import contextlib
-import json
 import os
 import tempfile
 import time
@@ -183,6 +182,8 @@ class VllmEngine:
         self._call("switch", True)
         rng = np.random.default_rng((generation.seed, batch))
         verified = rng.random(len(requests)) < self._verify if self._verify else np.zeros(len(requests), bool)
+        # vLLM's CPU build cannot seed a request
+        seeded = generation.temperature > 0 and self._about["device"] != "cpu"
         prompts: list[Any] = []
         params = []
         for (index, request), check in zip(requests, verified, strict=True):
@@ -194,7 +195,7 @@ class VllmEngine:
                 SamplingParams(
                     max_tokens=max(1, generation.max_tokens),
                     temperature=generation.temperature,
-                    seed=None if generation.temperature == 0 else _seed(generation.seed, batch, index),
+                    seed=_seed(generation.seed, batch, index) if seeded else None,
                     stop_token_ids=list(self._stops),
                     ignore_eos=self._ignore_eos or generation.max_tokens == 0,
                     detokenize=False,
@@ -480,22 +481,3 @@ def _seed(seed: int, batch: int, index: int) -> int:
 def _same(internal: str, request_id: str) -> bool:
     """Whether a worker's request id is that of a request; the front end appends a random part to its own."""
     return internal == request_id or internal.startswith(f"{request_id}-")
-
-
-def parse_engine_args(items: Sequence[str]) -> dict[str, Any]:
-    """Arguments of vLLM from `name=value`; values are JSON where they can be, else text.
-
-    Raises:
-        OptionError: An item is not `name=value`.
-    """
-    parsed: dict[str, Any] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        name = name.strip().lstrip("-").replace("-", "_")
-        if not equals or not name.isidentifier():
-            raise OptionError(f"--engine-arg {item!r}: write name=value, e.g. max_model_len=8192")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            parsed[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return parsed

@@ -98,6 +98,8 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
         raise ModelError(f"{where}: {experts} experts, of which {k} are chosen, cannot be right")
     gate = gate if gate is not None else getattr(runner, "gate", None)
     weight = None if gate is None else _router_weight(gate, experts, int(config.hidden_dim))
+    if weight is not None and not torch.isfinite(weight).all():
+        raise ModelError(f"{where}: the router weight holds NaN or infinite values")
     return BoundLayer(LayerInfo(int(runner.layer_id), experts, k), runner, router, weight, scoring, _scale(router))
 
 

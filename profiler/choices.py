@@ -69,6 +69,8 @@ def add_choices(
         faults[0] += outside.sum(dim=(1, 2))
         faults[1] += twice.sum(dim=1)
         faults[2] += bad.sum(dim=(1, 2))
+        # engines' top-k kernels turn NaN scores into weights of 0
+        faults[3] += ((units == 0) & ~outside).all(dim=-1).sum(dim=1)
         layer = torch.arange(layers, device=ids.device)[:, None, None]
         inside = chosen.clamp(0, experts - 1)
         ones = (~outside).long()

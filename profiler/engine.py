@@ -73,6 +73,7 @@ class Engine(Protocol):
         probabilities: Whether full distributions are summed.
         coactivation: Whether pairs of experts are counted.
         batching: What shapes the batches, for the record: a resumed run must use the same.
+        note: One line about the recording for the user, or "".
     """
 
     model: ModelInfo
@@ -82,6 +83,11 @@ class Engine(Protocol):
     probabilities: bool
     coactivation: bool
     batching: dict[str, int]
+
+    @property
+    def note(self) -> str:
+        """One line about the recording for the user, or ""."""
+        ...
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts given as text or as messages."""

@@ -67,6 +67,10 @@ def _add_choices(  # type: ignore[no-untyped-def]
     tl.atomic_add(faults_ptr + layer, outside, mask=outside > 0, sem="relaxed")
     bad = tl.sum(tl.sum((counted & (~good)).to(tl.int64), 1), 0)
     tl.atomic_add(faults_ptr + 2 * layers + layer, bad, mask=bad > 0, sem="relaxed")
+    # engines' top-k kernels turn NaN scores into weights of 0
+    heavy = tl.where(here, ((weights != 0.0) | (~inside)).to(tl.int32), 0)
+    empty = tl.sum(((cell >= 0) & (row < rows) & (tl.max(heavy, 1) == 0)).to(tl.int64), 0)
+    tl.atomic_add(faults_ptr + 3 * layers + layer, empty, mask=empty > 0, sem="relaxed")
     # two choices of one row are the same expert: compare all pairs of different columns
     marked = tl.where(inside, ids, -1 - choice[None, :])
     same = (marked[:, :, None] == marked[:, None, :]) & (choice[:, None] < choice[None, :])[None, :, :]

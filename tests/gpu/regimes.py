@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": _case("qwen3"),
     "qwen3-eager": _case("qwen3", args={"enforce_eager": True}),
     "qwen3-piecewise": _case("qwen3", args={"compilation_config": {"cudagraph_mode": "PIECEWISE"}}),
+    "qwen3-full-off": _case(
+        "qwen3", args={"compilation_config": {"cudagraph_mode": "FULL"}}, probabilities="off"
+    ),
     "qwen3-full": _case("qwen3", args={"compilation_config": {"cudagraph_mode": "FULL"}}),
     "qwen3-sync": _case("qwen3", args={"async_scheduling": False}),
     "qwen3-chunked": _case("qwen3", args={"max_num_batched_tokens": 64, "max_num_seqs": 32}),
@@ -59,10 +62,12 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "qwen3-lora": _case("qwen3", args={"enable_lora": True, "max_lora_rank": 8}),
     "qwen3-sleep": _case("qwen3", args={"enable_sleep_mode": True}, sleep=True),
-    "qwen3-v2": _case("qwen3", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}),
-    "qwen3-int4": _case("qwen3", {"quantization": "gptq"}),
+    # model runner V2 of vLLM 0.26 has no capture of its own
+    "qwen3-v2": _case("qwen3", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, capture=False),
+    "deepseek-v2": _case("deepseek", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, capture=False),
+    "qwen3-int4": _case("qwen3", {"quantization": "gptq"}, args={"moe_backend": "emulation"}),
     "qwen3-all": _case("qwen3", probabilities="all", coactivation=True),
-    "qwen3-nan": _case("qwen3", nan=True, capture=False),
+    "qwen3-nan": _case("qwen3", nan=True, capture=False, probabilities="off"),
     "deepseek": _case("deepseek"),
     "deepseek-fp8": _case("deepseek", {"quantization": "fp8"}),
     "deepseek-all": _case("deepseek", probabilities="all", coactivation=True),
@@ -71,11 +76,11 @@ CASES: dict[str, dict[str, Any]] = {
         args={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}},
         temperature=0.0,
     ),
-    "deepseek-nan": _case("deepseek", nan=True, capture=False),
+    "deepseek-nan": _case("deepseek", nan=True, capture=False, probabilities="off"),
     "minimax": _case("minimax"),
     "minimax-fp8": _case("minimax", {"quantization": "fp8"}),
     "minimax-all": _case("minimax", probabilities="all", coactivation=True),
-    "minimax-nan": _case("minimax", nan=True, capture=False),
+    "minimax-nan": _case("minimax", nan=True, capture=False, probabilities="off"),
 }
 #: Cases for two GPUs.
 PARALLEL: dict[str, dict[str, Any]] = {

@@ -35,7 +35,7 @@ GPTQ = {
     "desc_act": False,
     "sym": True,
     "lm_head": False,
-    "dynamic": {r"-:.*mlp\.gate$": {}},
+    "dynamic": {r"-:.*mlp\.gate$": {}, r"-:.*self_attn.*": {}, r"-:.*mlp\.(gate_up|gate|up|down)_proj$": {}},
 }
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.tiny_models import tiny_model
+from tiny_models import tiny_model
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -45,3 +45,22 @@ def save_checkpoint(family: str, folder: Path, seed: int = 0) -> Any:
     config = json.loads(path.read_text()) | HUB_FIELDS[family]
     path.write_text(json.dumps(config))
     return model
+
+
+#: Engine arguments that make vLLM's CPU build compute what transformers computes: float32 throughout. Its own rotary
+#: kernel turns queries of interleaved layouts wrongly, and its AMX attention works in bfloat16.
+ENGINE_ARGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {},
+    "deepseek_v3": {
+        "attention_backend": "CPU_MLA",
+        "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+    },
+}
+#: Small enough that requests wait for one another and prompts come in chunks.
+COMMON_ARGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+    "gpu_memory_utilization": 0.15,
+}

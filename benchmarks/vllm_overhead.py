@@ -1,0 +1,354 @@
+"""What recording inside vLLM costs, on one GPU: paired on/off blocks in one engine, and whole processes in turn.
+
+    python -m benchmarks.vllm_overhead paired --shape qwen3-30b-a3b     # on/off blocks in random order, latency, profiler
+    python -m benchmarks.vllm_overhead process --provider off           # one process: throughput and latency
+    python -m benchmarks.vllm_overhead process --provider capture       # … with vLLM's own capture of routed experts
+    python -m benchmarks.vllm_overhead process --provider moescope
+
+Weights are random ("dummy"), shapes are real. A block is 256 prompts of 512 tokens, 128 generated for each. Before the
+timing, `paired` asserts that every layer counted 256 · 639 · k choices. Rows are JSON lines; a table comes last.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+PROMPTS, LENGTH, NEW = 256, 512, 128
+
+
+def _prompts(count: int, length: int, vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
+    rng = np.random.default_rng(seed)
+    return [{"prompt_token_ids": rng.integers(32, vocabulary, length).tolist()} for _ in range(count)]
+
+
+def _params(new: int, count: int, tagged: bool) -> list[Any]:
+    from vllm import SamplingParams
+
+    from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY
+
+    made = []
+    for i in range(count):
+        tags = {DOMAIN_KEY: i % 12, SPLIT_KEY: i % 16} if tagged else None
+        made.append(
+            SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=tags)
+        )
+    return made
+
+
+class Load:
+    """The three loads that are timed, on one engine."""
+
+    def __init__(self, llm: Any, vocabulary: int, *, tagged: bool, length: int = LENGTH) -> None:
+        self._llm = llm
+        self._vocabulary = vocabulary
+        self._tagged = tagged
+        self._length = length
+        self._seed = 0
+
+    def throughput(self, prompts: int = PROMPTS) -> float:
+        """Tokens a second, prompts and generated ones, of one block."""
+        seconds = self._generate(prompts, self._length, NEW)
+        return prompts * (self._length + NEW) / seconds
+
+    def latency(self, batch: int, new: int) -> float:
+        """Milliseconds between two tokens at a batch size: the slope between a short and a long generation."""
+        short = self._generate(batch, 32, 16)
+        return (self._generate(batch, 32, 16 + new) - short) / new * 1000
+
+    def _generate(self, count: int, length: int, new: int) -> float:
+        self._seed += 1
+        prompts = _prompts(count, length, self._vocabulary, self._seed)
+        params = _params(new, count, self._tagged)
+        start = time.perf_counter()
+        self._llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - start
+
+
+def _pairs(switch: Callable[[bool], None], measure: Callable[[], float], pairs: int, seed: int) -> dict[str, Any]:
+    """On/off blocks in random order; the loss is positive where recording costs."""
+    rng = np.random.default_rng(seed)
+    on, off = [], []
+    for _ in range(pairs):
+        for state in rng.permutation([True, False]):
+            switch(bool(state))
+            (on if state else off).append(measure())
+    return {"on": np.array(on), "off": np.array(off)}
+
+
+def _loss(pair: dict[str, Any], *, larger_is_better: bool) -> dict[str, float]:
+    ratio = pair["off"] / pair["on"] - 1 if larger_is_better else pair["on"] / pair["off"] - 1
+    spread = ratio.std(ddof=1) / np.sqrt(len(ratio))
+    p20, p50, p80 = np.percentile(ratio, (20, 50, 80))
+    bound = ratio.mean() + student.ppf(0.95, len(ratio) - 1) * spread
+    rows = {"p20": p20, "p50": p50, "p80": p80, "mean": ratio.mean(), "bound95": bound}
+    return {name: round(100 * float(value), 3) for name, value in rows.items()}
+
+
+def _arguments(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "load_format": "dummy",
+        "max_model_len": 2048,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.92,
+        "disable_log_stats": True,
+        **json.loads(options.engine_args),
+    }
+
+
+def _model(shape: str, options: argparse.Namespace) -> tuple[str, int]:
+    from tests.gpu.shapes import REAL, write_config
+
+    changes = json.loads(options.config)
+    config = {**REAL[shape], **changes}
+    return write_config(Path(tempfile.mkdtemp(prefix="shape-")), REAL[shape], **changes), config["vocab_size"]
+
+
+def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Exactness, then on/off blocks in one engine."""
+    from moescope.adapters.vllm import VllmEngine
+    from moescope.profiler.engine import Generation, Request
+
+    model, vocabulary = _model(options.shape, options)
+    engine = VllmEngine(
+        model,
+        probabilities=options.probabilities,
+        coactivation=options.coactivation,
+        ignore_eos=True,
+        engine_args=_arguments(options.shape, options),
+    )
+    rows: list[dict[str, Any]] = []
+    base = {"shape": options.shape, "recorded": _recorded(options), **_versions(engine.info.device)}
+
+    def row(metric: str, **values: Any) -> None:
+        rows.append({"metric": metric, **values, **base})
+        print(json.dumps(rows[-1]), flush=True)
+
+    try:
+        row("reserved", MiB=round(engine.reserved / 2**20, 1), note=engine.note)
+        requests = [
+            Request(np.array(prompt["prompt_token_ids"], np.int32), i % 12, i % 16)
+            for i, prompt in enumerate(_prompts(PROMPTS, LENGTH, vocabulary, 99))
+        ]
+        done = engine.run(requests, Generation(NEW), 0)
+        counts = done.sums.parts[0].arrays()["selection_counts"].sum(axis=(0, 1, 3))
+        k = engine.model.layers[0].top_k
+        expected = PROMPTS * (LENGTH + NEW - 1) * k
+        assert (counts == expected).all(), (counts, expected)
+        row("invariant", layers=len(counts), choices_in_each=expected)
+        load = Load(engine.llm, vocabulary, tagged=True)
+
+        def switch(state: bool) -> None:
+            engine._wait_until_settled()
+            engine._call("reset")
+            engine._call("switch", state)
+
+        load.throughput()
+        for batch, new in ((1, 128), (64, 96)):
+            load.latency(batch, 16)
+            pair = _pairs(switch, lambda b=batch, n=new: load.latency(b, n), options.latency_pairs, batch)  # type: ignore[misc]
+            row(
+                f"inter-token latency, batch {batch}",
+                off_ms=round(float(np.median(pair["off"])), 4),
+                loss_percent=_loss(pair, larger_is_better=False),
+                pairs=options.latency_pairs,
+            )
+        for name, values in _profiled(engine, load, switch).items():
+            row(f"profiler, {name}", **values)
+        pair = _pairs(switch, load.throughput, options.pairs, 5)
+        row(
+            "throughput",
+            off_tokens_s=round(float(np.median(pair["off"]))),
+            loss_percent=_loss(pair, larger_is_better=True),
+            pairs=options.pairs,
+        )
+        if options.skewed_pairs:
+            engine.llm.collective_rpc(_skew)
+            load.throughput()
+            pair = _pairs(switch, load.throughput, options.skewed_pairs, 6)
+            switch(True)
+            done = engine.run(requests, Generation(NEW), 1)
+            counts = done.sums.parts[0].arrays()["selection_counts"].sum(axis=(0, 1))
+            row(
+                "throughput, skewed router",
+                off_tokens_s=round(float(np.median(pair["off"]))),
+                loss_percent=_loss(pair, larger_is_better=True),
+                pairs=options.skewed_pairs,
+                busiest_expert_share=round(float(counts.max() * k / counts[0].sum()), 3),
+            )
+    finally:
+        engine.close()
+    return rows
+
+
+def _recorded(options: argparse.Namespace) -> str:
+    parts = ["counts", "weights", "phases", "domains", "splits"]
+    if options.probabilities != "off":
+        parts.append(f"distributions of {options.probabilities}")
+    if options.coactivation:
+        parts.append("co-activation")
+    return ", ".join(parts)
+
+
+def process(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One process: throughput and latency, without switching."""
+    model, vocabulary = _model(options.shape, options)
+    arguments = _arguments(options.shape, options)
+    if options.provider == "moescope":
+        from moescope.adapters.vllm import VllmEngine
+
+        engine = VllmEngine(model, probabilities="off", ignore_eos=True, engine_args=arguments)
+        llm = engine.llm
+        engine._call("switch", True)
+    else:
+        from vllm import LLM
+
+        llm = LLM(model=model, enable_return_routed_experts=options.provider == "capture", **arguments)
+    load = Load(llm, vocabulary, tagged=options.provider == "moescope")
+    load.throughput()
+    load.latency(1, 16)
+    throughput = [load.throughput() for _ in range(options.blocks)]
+    latency = {batch: [load.latency(batch, new) for _ in range(10)] for batch, new in ((1, 128), (64, 96))}
+    kernels = None
+    if options.provider != "capture":
+        kernels = _trace(llm, lambda: load._generate(1, 32, 16))
+    row = {
+        "metric": "process",
+        "provider": options.provider,
+        "shape": options.shape,
+        "tokens_s": [round(value) for value in throughput],
+        "tokens_s_mean": round(float(np.mean(throughput))),
+        "latency_ms": {
+            f"batch {batch}": {
+                "p50": round(float(np.median(values)), 4),
+                "min": round(min(values), 4),
+                "max": round(max(values), 4),
+            }
+            for batch, values in latency.items()
+        },
+        "kernels_of_16_steps": None if kernels is None else sum(count for count, _ in kernels.values()),
+        **_versions(""),
+    }
+    print(json.dumps(row), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+    return [row]
+
+
+def _profiled(engine: Any, load: Load, switch: Callable[[bool], None]) -> dict[str, dict[str, Any]]:
+    """GPU time and kernels of some steps, with recording and without; what is added is the difference."""
+    found: dict[str, dict[str, Any]] = {}
+    loads: dict[str, tuple[int, Callable[[], Any]]] = {
+        "batch 1": (64, lambda: load._generate(1, 32, 64)),
+        "batch 64": (64, lambda: load._generate(64, 32, 64)),
+        "batch 256": (64, lambda: load._generate(256, 32, 64)),
+        "prefill": (16, lambda: load._generate(PROMPTS, LENGTH, 1)),
+    }
+    for name, (_, run) in loads.items():
+        states = {}
+        for state in (False, True):
+            switch(state)
+            run()
+            states[state] = _trace(engine.llm, run)
+        commits = [values for kernel, values in states[True].items() if "_add_choices" in kernel]
+        steps, busy = (commits[0][0], commits[0][1]) if commits else (0, 0.0)
+        total = sum(time_us for _, time_us in states[False].values())
+        found[name] = {
+            "steps": steps,
+            "step_us": round(total / max(steps, 1), 1),
+            "commit_us": round(busy / max(steps, 1), 2),
+            "added_percent": round(100 * busy / total, 3) if total else None,
+            "kernels_off": sum(count for count, _ in states[False].values()),
+            "kernels_on": sum(count for count, _ in states[True].values()),
+        }
+    return found
+
+
+def _trace(llm: Any, run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+    llm.collective_rpc(_start_trace)
+    run()
+    return {name: (count, busy) for name, count, busy in llm.collective_rpc(_stop_trace)[0]}
+
+
+def _start_trace(worker: Any) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.synchronize()
+    worker.moescope_trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    worker.moescope_trace.start()
+
+
+def _stop_trace(worker: Any) -> list[tuple[str, int, float]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    torch.cuda.synchronize()
+    worker.moescope_trace.stop()
+    events = worker.moescope_trace.key_averages()
+    return [(e.key, int(e.count), float(e.self_device_time_total)) for e in events if e.self_device_time_total > 0]
+
+
+def _skew(worker: Any) -> None:
+    """Routers that know two sets of experts alone: every token takes one set or the other."""
+    import torch
+
+    for layer in worker.moescope_recorder._layers:
+        weight = layer.gate if layer.gate is not None else None
+        direction = torch.randn(weight.shape[1], device=weight.device, dtype=torch.float32)
+        k = layer.info.top_k
+        weight.zero_()
+        ramp = torch.linspace(1.0, 1.1, k, device=weight.device)[:, None]
+        weight[:k].copy_((ramp * direction).to(weight.dtype))
+        weight[k : 2 * k].copy_((-ramp * direction).to(weight.dtype))
+
+
+def _versions(device: str) -> dict[str, str]:
+    import torch
+    import vllm
+
+    from moescope import __version__
+
+    device = device or "one GPU"
+    return {"device": device, "vllm": vllm.__version__, "torch": torch.__version__, "moescope": __version__}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["paired", "process"])
+    parser.add_argument("--shape", default="qwen3-30b-a3b")
+    parser.add_argument("--provider", default="moescope", choices=["off", "moescope", "capture"])
+    parser.add_argument("--probabilities", default="off", choices=["off", "sample", "all"])
+    parser.add_argument("--coactivation", action="store_true")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--latency-pairs", type=int, default=20)
+    parser.add_argument("--skewed-pairs", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--config", default="{}", help="changes to the shape's config, JSON")
+    parser.add_argument("--engine-args", default="{}", help="arguments of vllm.LLM, JSON")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # the profiler is started by a function sent over
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    rows = paired(options) if options.part == "paired" else process(options)
+    print("\n".join(_line(row) for row in rows))
+    sys.stdout.flush()
+
+
+def _line(row: dict[str, Any]) -> str:
+    left = {key: value for key, value in row.items() if key not in ("shape", "device", "vllm", "torch", "moescope")}
+    return f"{row['shape']}: {left}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Recording inside a real vLLM engine on the CPU: counts equal to transformers' for the same token ids, everywhere."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if "MOESCOPE_NO_SKIPS" not in os.environ:
+    pytest.importorskip("vllm")
+
+from vllm_engine import Kept, recording
+
+import moescope
+from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY
+from moescope.profiler.engine import Generation, Request
+from moescope.profiler.errors import InvariantError, OptionError
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+GREEDY = Generation(12)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    with recording("qwen3_moe", tmp_path_factory.mktemp("qwen")) as kept:
+        yield kept
+
+
+@pytest.fixture(scope="module")
+def qwen_sums(qwen: Kept) -> Any:
+    return qwen.engine.run(qwen.requests(24, seed=1), GREEDY, 0).sums.parts[0]
+
+
+def test_chunked_prefill_and_waiting_requests(qwen: Kept) -> None:
+    """24 requests, 8 at a time, prompts of up to 150 tokens in chunks of 64, decode beside prefill."""
+    requests = qwen.requests(24, seed=1)
+    done = qwen.engine.run(requests, GREEDY, 0)
+    qwen.assert_equal(requests, done.sums.parts[0])
+    assert len({len(output.outputs[0].token_ids) for output in qwen.outputs}) > 1, "some must meet the stop token"
+    assert sum(done.tokens) == done.sums.parts[0].tokens.sum()
+
+
+def test_sampling_and_a_second_batch(qwen: Kept) -> None:
+    requests = qwen.requests(17, seed=2)
+    for batch in (0, 1):
+        done = qwen.engine.run(requests, Generation(9, temperature=1.0, seed=3), batch)
+        qwen.assert_equal(requests, done.sums.parts[0])
+
+
+def test_prompts_alone(qwen: Kept) -> None:
+    requests = qwen.requests(9, seed=4)
+    done = qwen.engine.run(requests, Generation(0), 0)
+    qwen.assert_equal(requests, done.sums.parts[0])
+    assert done.sums.parts[0].tokens[:, 1].sum() == 0
+
+
+def test_more_domains_than_the_device_counts(qwen: Kept) -> None:
+    requests = qwen.requests(40, seed=5, longest=20, domains=20)
+    arrays: dict[str, Any] = {}
+    done = qwen.engine.run(requests, Generation(0), 0)
+    assert len(done.sums.parts) == 2
+    layers, experts = len(qwen.engine.model.layers), qwen.engine.model.experts[0]
+    for name, shape in {
+        "selection_counts": (20, 2, layers, experts),
+        "weight_sums": (20, 2, layers, experts),
+        "probability_sums": (20, 2, layers, experts),
+        "split_counts": (16, 20, layers, experts),
+        "token_counts": (20, 2),
+        "probability_tokens": (20, 2),
+        "coactivation": (layers, experts, experts),
+    }.items():
+        arrays[name] = np.zeros(shape, np.int64)
+    done.sums.add_to(arrays, done.tokens)
+    for domain in range(20):
+        expected = sum(len(request.token_ids) for request in requests if request.domain == domain)
+        assert arrays["token_counts"][domain].sum() == expected
+        assert (arrays["selection_counts"][domain].sum(axis=(0, 2)) == 4 * expected).all()
+        assert (arrays["split_counts"][:, domain].sum(axis=(0, 2)) == 4 * expected).all()
+
+
+def test_several_samples_of_one_prompt(qwen: Kept) -> None:
+    """n = 3: every sample routes its own tokens; without a prefix cache the engine routes the prompt for each."""
+    from vllm import SamplingParams
+
+    qwen.engine._call("reset")
+    params = SamplingParams(
+        n=3, temperature=1.0, seed=5, max_tokens=7, detokenize=False, extra_args={DOMAIN_KEY: 1, SPLIT_KEY: 2}
+    )
+    outputs = qwen.engine.llm.generate([{"prompt_token_ids": [9, 8, 7, 6]}], [params], use_tqdm=False)
+    qwen.engine._wait_until_settled()
+    tokens = qwen.engine._collect("").tokens
+    assert tokens[1, 0, 2] == 3 * 4
+    assert tokens[1, 1, 2] == sum(len(sample.token_ids) - 1 for sample in outputs[0].outputs)
+    assert tokens.sum() == tokens[1, :, 2].sum()
+
+
+def test_aborted_requests_count_what_was_routed(qwen: Kept) -> None:
+    from vllm import SamplingParams
+
+    engine = qwen.engine.llm.llm_engine
+    qwen.engine._call("reset")
+    params = SamplingParams(max_tokens=100, ignore_eos=True, detokenize=False, temperature=0.0)
+    names = [
+        engine.add_request(str(i), {"prompt_token_ids": list(range(10, 20 + i))}, params.clone()) for i in range(4)
+    ]
+    for _ in range(6):
+        engine.step()
+    engine.abort_request([str(names[1] or "1"), str(names[2] or "2")], internal=names[1] is not None)
+    while engine.has_unfinished_requests():
+        engine.step()
+    qwen.engine._wait_until_settled()
+    tokens = qwen.engine._collect("").tokens
+    assert tokens[0, 0, 0] == 10 + 11 + 12 + 13
+    assert 2 * 99 < tokens[0, 1, 0] < 2 * 99 + 2 * 30
+
+
+def test_recording_can_be_switched(qwen: Kept) -> None:
+    requests = qwen.requests(6, seed=7)
+    qwen.engine._call("reset")
+    qwen.engine._call("switch", False)
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": request.token_ids.tolist()} for request in requests]
+    qwen.engine.llm.generate(prompts, SamplingParams(max_tokens=3, detokenize=False), use_tqdm=False)
+    qwen.engine._wait_until_settled()
+    assert qwen.engine._collect("").tokens.sum() == 0
+    done = qwen.engine.run(requests, GREEDY, 0)  # switches on again
+    qwen.assert_equal(requests, done.sums.parts[0])
+
+
+def test_a_second_recording_engine_is_refused(qwen: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moescope.adapters.vllm_settings import VARIABLE
+
+    monkeypatch.setenv(VARIABLE, "{}")
+    with pytest.raises(OptionError, match="another recording engine"):
+        moescope.profile("demo:stacked", ["a"], engine="vllm")
+
+
+def test_router_weights_and_identity(qwen: Kept) -> None:
+    from moescope.adapters.transformers import TransformersEngine
+
+    other = TransformersEngine(qwen.model)
+    assert qwen.engine.model.layers == other.model.layers
+    assert qwen.engine.model.fingerprint == other.model.fingerprint
+    assert qwen.engine.model.architecture == other.model.architecture
+    assert qwen.engine.model.scoring == other.model.scoring
+
+
+def test_a_layer_that_stages_nothing_is_found(qwen: Kept) -> None:
+    """Last in this file: the engine is not whole afterwards."""
+    requests = qwen.requests(5, seed=8)
+    qwen.engine.llm.collective_rpc(_unbind, args=(1,))
+    victim = qwen.engine.model.layers[1].index
+    with pytest.raises(InvariantError, match=f"layer {victim}"):
+        qwen.engine.run(requests, GREEDY, 0)
+
+
+def _unbind(worker: Any, slot: int) -> None:
+    router = worker.moescope_recorder._layers[slot].router
+    del router.__dict__["_compute_routing"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("deepseek_v3", {}),
+        ("qwen3_moe", {"enforce_eager": False}),
+        ("deepseek_v3", {"enforce_eager": False}),
+        ("qwen3_moe", {"num_gpu_blocks_override": 8, "block_size": 16, "enable_prefix_caching": True}),
+    ],
+    ids=["deepseek", "qwen compiled", "deepseek compiled", "preemption and prefix cache"],
+)
+def test_counts_equal_transformers(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    with recording(family, tmp_path, engine_args=changes) as kept:
+        cached = bool(changes.get("enable_prefix_caching"))
+        requests = kept.requests(24, seed=11, longest=100)
+        if cached:  # half of the prompts begin alike
+            shared = requests[0].token_ids[:1].repeat(40)
+            requests = [
+                Request(np.concatenate([shared, request.token_ids[:40]]) if i % 2 else request.token_ids[:80],
+                        request.domain, request.split)
+                for i, request in enumerate(requests)
+            ]  # fmt: skip
+        done = kept.engine.run(requests, GREEDY, 0)
+        sums = done.sums.parts[0]
+        if not cached:
+            kept.assert_equal(requests, sums)
+            done = kept.engine.run(requests, GREEDY, 1)
+            kept.assert_equal(requests, done.sums.parts[0])
+            return
+        skipped = sum(output.num_cached_tokens or 0 for output in kept.outputs)
+        assert skipped > 0
+        assert kept.engine.findings()["skipped_by_prefix_cache"] == skipped
+        lengths = sum(len(request.token_ids) for request in requests) - skipped
+        lengths += sum(len(output.outputs[0].token_ids) - 1 for output in kept.outputs)
+        assert sums.tokens.sum() == lengths

@@ -1,0 +1,90 @@
+"""A recording vLLM engine on the CPU, whose outputs are kept for the independent count."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference
+from vllm_models import COMMON_ARGS, ENGINE_ARGS, save_checkpoint
+
+from moescope.adapters.vllm import VllmEngine
+from moescope.profiler.engine import Request
+
+SCALES = {"qwen3_moe": 1.0, "deepseek_v3": 2.5}
+
+
+class Kept:
+    """An engine, the model it runs as transformers has it, and what came out of its last call."""
+
+    def __init__(self, family: str, folder: Path, model: Any, **options: Any) -> None:
+        self.family = family
+        self.model = model
+        self.outputs: list[Any] = []
+        arguments = {**COMMON_ARGS, **ENGINE_ARGS[family], **options.pop("engine_args", {})}
+        options = {"dtype": "float32", "probabilities": "all", "coactivation": True, **options}
+        self.engine = VllmEngine(str(folder), engine_args=arguments, **options)
+        generate = self.engine.llm.generate
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            self.outputs = generate(*args, **kwargs)
+            return self.outputs
+
+        self.engine.llm.generate = keep
+
+    def requests(self, count: int, seed: int, longest: int = 150, domains: int = 3) -> list[Request]:
+        """Random prompts of 1 to `longest` tokens."""
+        rng = np.random.default_rng(seed)
+        made = []
+        for i in range(count):
+            ids = rng.integers(6, 128, int(rng.integers(1, longest))).astype(np.int32)
+            made.append(Request(ids, i % domains, reference.split(ids.tolist())))
+        return made
+
+    def reference(self, requests: list[Request], domains: int = 3) -> reference.Count:
+        """The count of the same token ids in transformers, prompt by prompt."""
+        return reference.count(
+            self.model,
+            [
+                (request.token_ids.tolist(), list(output.outputs[0].token_ids), request.domain)
+                for request, output in zip(requests, self.outputs, strict=True)
+            ],
+            domains=domains,
+            experts=self.engine.model.experts[0],
+            scoring=self.engine.model.scoring,
+            scale=SCALES[self.family],
+        )
+
+    def assert_equal(self, requests: list[Request], sums: Any, domains: int = 3) -> None:
+        """Counts equal, weights and distributions close to the independent count."""
+        expected = self.reference(requests, domains)
+        arrays = sums.arrays()
+        np.testing.assert_array_equal(arrays["selection_counts"][:domains], expected.selection)
+        np.testing.assert_array_equal(arrays["split_counts"][:, :domains], expected.splits)
+        np.testing.assert_array_equal(arrays["token_counts"][:domains], expected.tokens)
+        np.testing.assert_allclose(arrays["weight_sums"][:domains] / 2**24, expected.weights, atol=2e-3)
+        if "probability_sums" in arrays:
+            np.testing.assert_array_equal(arrays["probability_tokens"][:domains], expected.tokens)
+            found = arrays["probability_sums"][:domains] / 2**24
+            np.testing.assert_allclose(found, expected.probabilities, atol=2e-3)
+        if "coactivation" in arrays:
+            diagonal = np.diagonal(arrays["coactivation"], axis1=1, axis2=2)
+            np.testing.assert_array_equal(diagonal, expected.selection.sum(axis=(0, 1)))
+            k, tokens = self.engine.model.layers[0].top_k, int(expected.tokens.sum())
+            assert (arrays["coactivation"].sum(axis=(1, 2)) == k * k * tokens).all()
+
+
+@contextmanager
+def recording(family: str, folder: Path, **options: Any) -> Iterator[Kept]:
+    """An engine for a `with` block."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    model = save_checkpoint(family, folder)
+    kept = Kept(family, folder, model, **options)
+    try:
+        yield kept
+    finally:
+        kept.engine.close()
