@@ -306,7 +306,10 @@ def report(
 
 @app.command()
 def merge(
-    profiles: Annotated[list[Path], typer.Argument(help="Profile files of one model.")],
+    profiles: Annotated[
+        list[Path],
+        typer.Argument(help="Profile files of one model, or the folder that the ranks of a recording server wrote."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
@@ -316,6 +319,7 @@ def merge(
     Example:
       moescope merge monday/profile.safetensors tuesday/profile.safetensors -o both.safetensors
     """
+    from moescope.adapters.vllm_parts import load_serving
     from moescope.profiler.files import load_profile, save_profile
     from moescope.profiler.profile import merge as merge_profiles
 
@@ -323,7 +327,7 @@ def merge(
         raise OutputError(f"{output} is not a file that can be replaced; choose another name")
     if output.exists() and not force:
         raise OutputError(f"{output} exists; choose another name, or --force to overwrite")
-    merged = merge_profiles(load_profile(path) for path in profiles)
+    merged = merge_profiles(load_serving(path) if path.is_dir() else load_profile(path) for path in profiles)
     save_profile(merged, output)
     typer.echo(f"Wrote {output}: {len(merged.runs)} runs, {merged.tokens:,} tokens")
 

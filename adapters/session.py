@@ -40,7 +40,7 @@ def _vllm(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> Engine:
         raise OptionError("--engine vllm takes the name of a model, not a loaded one")
     device = options.get("device", "auto")
     if device not in ("auto", "cpu", "cuda"):
-        raise OptionError(f"--device {device}: vLLM takes the device that it was built for; CUDA_VISIBLE_DEVICES chooses")
+        raise OptionError(f"--device {device}: vLLM takes the device it was built for; CUDA_VISIBLE_DEVICES chooses")
     if options.get("attention"):
         raise OptionError("--attention is for transformers; for vLLM write --engine-arg attention_backend=NAME")
     kept = {name: value for name, value in options.items() if name not in ("device", "attention")}
@@ -94,8 +94,9 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
     if name not in ENGINES:
         raise OptionError(f"--engine {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
     if importlib.util.find_spec(name) is None:
-        raise OptionError(f"--engine {name} needs the package {name!r}, which is not installed: pip install "
-                          f"'moescope[{name}]'")
+        raise OptionError(
+            f"--engine {name} needs the package {name!r}, which is not installed: pip install 'moescope[{name}]'"
+        )
     if name == "transformers":
         given = [option for option in _VLLM_OPTIONS if options.get(option)]
         if given:

@@ -112,15 +112,15 @@ class VllmEngine:
         self.coactivation = coactivation
         self._stack = contextlib.ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="moescope-vllm-")))
-        settings = Settings(
-            str(self._folder), probabilities, coactivation=coactivation, domains=DOMAINS, seed=seed
-        )
+        settings = Settings(str(self._folder), probabilities, coactivation=coactivation, domains=DOMAINS, seed=seed)
         try:
             self.llm = _start(model, arguments, settings)
             self._stack.callback(_stop, self.llm)
             ranks = self._call("describe", str(self._folder))
             self._about = _check_ranks(ranks, settings)
-            layers = sorted({LayerInfo(*layer) for rank in ranks for layer in rank["layers"]}, key=lambda one: one.index)
+            layers = sorted(
+                {LayerInfo(*layer) for rank in ranks for layer in rank["layers"]}, key=lambda one: one.index
+            )
             self._routers = self._read_routers(layers)
         except BaseException:
             self._stack.close()
@@ -432,7 +432,17 @@ def _start(model: str, arguments: Mapping[str, Any], settings: Settings) -> Any:
             refusal = Path(settings.folder, REFUSAL_NAME)
             if refusal.exists():
                 raise ModelError(refusal.read_text(encoding="utf-8").strip()) from error
-            raise ModelError(f"vLLM does not start with {model}: {first_line(error)}") from error
+            raise ModelError(f"vLLM does not start with {model}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an engine that did not start says, in one line; checks of its config say it in their second."""
+    for line in str(error).splitlines():
+        before, found, after = line.partition("Value error, ")
+        if found and not before.strip():
+            return after.partition(" [type=")[0]
+    text = first_line(error)
+    return text if "root cause above" not in text else "its own error is printed above"
 
 
 def _stop(llm: Any) -> None:

@@ -1,5 +1,6 @@
 """What one rank of a vLLM engine counted: a file for each, joined to one profile; layers of pipeline ranks side by side,
-data-parallel ranks added up."""
+data-parallel ranks added up.
+"""
 
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 
 from moescope import __version__
 from moescope.profiler.errors import InvariantError, ProfileError
-from moescope.profiler.files import PROFILE_NAME, atomic_path, save_profile
+from moescope.profiler.files import PROFILE_NAME, atomic_path, load_profile, save_profile
 from moescope.profiler.profile import FIXED_POINT_BITS, EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
 from moescope.profiler.staged import StagedSums
 
@@ -230,3 +231,20 @@ def save_serving(part: Part, folder: Path, name: str) -> None:
         save_profile(to_profile([part]), folder / PROFILE_NAME)
     else:
         save_part(part, folder / f"part-{name}.safetensors")
+
+
+def load_serving(folder: Path) -> RoutingProfile:
+    """The profile of a server, from the folder that its ranks wrote.
+
+    Raises:
+        ProfileError: There is nothing, or it is damaged.
+        InvariantError: A rank has not written, said that its counts do not add up, or they do not.
+    """
+    for path in sorted(folder.glob("error-*.txt")):
+        raise InvariantError(f"{path}: {path.read_text(encoding='utf-8').strip()}")
+    paths = sorted(folder.glob(PATTERN))
+    if paths:
+        return to_profile([load_part(path) for path in paths])
+    if (folder / PROFILE_NAME).exists():
+        return load_profile(folder / PROFILE_NAME)
+    raise ProfileError(f"{folder} holds neither {PROFILE_NAME} nor parts of ranks ({PATTERN})")

@@ -182,4 +182,3 @@ def loads_plugin() -> bool:
     if wanted is not None and NAME not in wanted.split(","):
         return False
     return any(point.name == NAME for point in entry_points(group="vllm.general_plugins"))
-

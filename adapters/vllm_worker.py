@@ -107,6 +107,7 @@ class WorkerRecorder:
         self._on = settings.serving
         self._error: str | None = None
         self._requests = 0
+        self._skipped = 0
         self._verified: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {}
         self._domains: list[str] = [] if settings.serving else [str(i) for i in range(settings.domains)]
         self._description = _describe(config)
@@ -268,6 +269,7 @@ class WorkerRecorder:
             table.floor[slot] = table.counted[slot] = 0
             table.whole[slot] = True
             self._requests += 1
+            self._skipped += new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         if cached.req_ids:
             slots = np.array([table.slot_of[name] for name in cached.req_ids], np.int64)
@@ -280,6 +282,7 @@ class WorkerRecorder:
             table.done[slots] = np.maximum(np.minimum(table.done[slots], starts), table.floor[slots])
             late = starts > table.done[slots]
             if late.any():  # the prefix cache of another request took some over
+                self._skipped += int(np.maximum(starts - table.done[slots], 0).sum())
                 table.done[slots] = np.maximum(table.done[slots], starts)
             table.start[slots] = starts
 
@@ -394,7 +397,7 @@ class WorkerRecorder:
     def reset(self) -> None:
         """Drop what was counted."""
         self._error = None
-        self._requests = 0
+        self._requests = self._skipped = 0
         self._verified.clear()
         if self.recorder is not None:
             self.recorder.reset()
@@ -452,7 +455,12 @@ class WorkerRecorder:
             description=self._description,
             run=self._run,
             created=self._created,
-            settings={"seed": self.settings.seed, "probabilities": self.settings.probabilities},
+            settings={
+                "seed": self.settings.seed,
+                "probabilities": self.settings.probabilities,
+                "coactivation": self.settings.coactivation,
+                "skipped_by_prefix_cache": self._skipped,
+            },
             fingerprint=self._fingerprint,
         )
 
@@ -569,4 +577,3 @@ def _describe(config: Any) -> dict[str, Any]:
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-

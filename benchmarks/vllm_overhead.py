@@ -38,9 +38,7 @@ def _params(new: int, count: int, tagged: bool) -> list[Any]:
     made = []
     for i in range(count):
         tags = {DOMAIN_KEY: i % 12, SPLIT_KEY: i % 16} if tagged else None
-        made.append(
-            SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=tags)
-        )
+        made.append(SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=tags))
     return made
 
 
@@ -73,11 +71,16 @@ class Load:
         return time.perf_counter() - start
 
 
-def _pairs(switch: Callable[[bool], None], measure: Callable[[], float], pairs: int, seed: int) -> dict[str, Any]:
-    """On/off blocks in random order; the loss is positive where recording costs."""
+def _pairs(
+    switch: Callable[[bool], None], measure: Callable[[], float], pairs: int, seed: int, seconds: float = 1e9
+) -> dict[str, Any]:
+    """On/off blocks in random order, for so many pairs or seconds."""
     rng = np.random.default_rng(seed)
     on, off = [], []
+    start = time.monotonic()
     for _ in range(pairs):
+        if len(on) > 1 and time.monotonic() - start > seconds:
+            break
         for state in rng.permutation([True, False]):
             switch(bool(state))
             (on if state else off).append(measure())
@@ -90,7 +93,7 @@ def _loss(pair: dict[str, Any], *, larger_is_better: bool) -> dict[str, float]:
     p20, p50, p80 = np.percentile(ratio, (20, 50, 80))
     bound = ratio.mean() + student.ppf(0.95, len(ratio) - 1) * spread
     rows = {"p20": p20, "p50": p50, "p80": p80, "mean": ratio.mean(), "bound95": bound}
-    return {name: round(100 * float(value), 3) for name, value in rows.items()}
+    return {"pairs": len(ratio), **{name: round(100 * float(value), 3) for name, value in rows.items()}}
 
 
 def _arguments(shape: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -154,22 +157,22 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
 
         load.throughput()
         for batch, new in ((1, 128), (64, 96)):
+            if not options.latency_pairs:
+                break
             load.latency(batch, 16)
             pair = _pairs(switch, lambda b=batch, n=new: load.latency(b, n), options.latency_pairs, batch)  # type: ignore[misc]
             row(
                 f"inter-token latency, batch {batch}",
                 off_ms=round(float(np.median(pair["off"])), 4),
                 loss_percent=_loss(pair, larger_is_better=False),
-                pairs=options.latency_pairs,
             )
-        for name, values in _profiled(engine, load, switch).items():
+        for name, values in ({} if options.no_profiler else _profiled(engine, load, switch)).items():
             row(f"profiler, {name}", **values)
-        pair = _pairs(switch, load.throughput, options.pairs, 5)
+        pair = _pairs(switch, load.throughput, options.pairs, 5, options.seconds)
         row(
             "throughput",
             off_tokens_s=round(float(np.median(pair["off"]))),
             loss_percent=_loss(pair, larger_is_better=True),
-            pairs=options.pairs,
         )
         if options.skewed_pairs:
             engine.llm.collective_rpc(_skew)
@@ -182,7 +185,6 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "throughput, skewed router",
                 off_tokens_s=round(float(np.median(pair["off"]))),
                 loss_percent=_loss(pair, larger_is_better=True),
-                pairs=options.skewed_pairs,
                 busiest_expert_share=round(float(counts.max() * k / counts[0].sum()), 3),
             )
     finally:
@@ -334,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--latency-pairs", type=int, default=20)
     parser.add_argument("--skewed-pairs", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop the throughput pairs after so long")
+    parser.add_argument("--no-profiler", action="store_true")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--config", default="{}", help="changes to the shape's config, JSON")
     parser.add_argument("--engine-args", default="{}", help="arguments of vllm.LLM, JSON")

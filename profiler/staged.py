@@ -139,7 +139,9 @@ class StagedRecorder:
         self._counts = torch.zeros((domains * PHASES * SPLITS, depth, self.experts), dtype=torch.int64, **like)
         self._weight_sums = torch.zeros((domains * PHASES, depth, self.experts), dtype=torch.int64, **like)
         self._faults = torch.zeros((len(FAULTS), depth), dtype=torch.int64, **like)
-        self._pairs = torch.zeros((depth, self.experts, self.experts), dtype=torch.int64, **like) if coactivation else None
+        self._pairs = (
+            torch.zeros((depth, self.experts, self.experts), dtype=torch.int64, **like) if coactivation else None
+        )
         self.sample = self.distributions = self._distribution_sums = None
         if share:
             rows = capacity if share >= 1 else min(capacity, _most(capacity, share))

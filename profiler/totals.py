@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope import __version__
-from moescope.profiler.profile import BUFFERS, FIXED_POINT_BITS, ModelInfo, RoutingProfile, RunInfo, axis_sizes
 from moescope.profiler.engine import Sums
+from moescope.profiler.profile import BUFFERS, FIXED_POINT_BITS, ModelInfo, RoutingProfile, RunInfo, axis_sizes
 
 _UNIT = 2.0**-FIXED_POINT_BITS
 

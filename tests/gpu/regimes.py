@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": _case("qwen3"),
     "qwen3-eager": _case("qwen3", args={"enforce_eager": True}),
     "qwen3-piecewise": _case("qwen3", args={"compilation_config": {"cudagraph_mode": "PIECEWISE"}}),
-    "qwen3-full-off": _case(
-        "qwen3", args={"compilation_config": {"cudagraph_mode": "FULL"}}, probabilities="off"
-    ),
+    "qwen3-full-off": _case("qwen3", args={"compilation_config": {"cudagraph_mode": "FULL"}}, probabilities="off"),
     "qwen3-full": _case("qwen3", args={"compilation_config": {"cudagraph_mode": "FULL"}}),
     "qwen3-sync": _case("qwen3", args={"async_scheduling": False}),
     "qwen3-chunked": _case("qwen3", args={"max_num_batched_tokens": 64, "max_num_seqs": 32}),
@@ -100,6 +99,9 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "deepseek-ep2": _case("deepseek", args={"tensor_parallel_size": 2, "enable_expert_parallel": True}),
     "deepseek-pp2": _case("deepseek", args={"pipeline_parallel_size": 2}, capture=False),
     "minimax-tp2": _case("minimax", args={"tensor_parallel_size": 2}),
+    # two processes, the second with fewer requests: it runs dummy batches while the first goes on
+    "qwen3-dp2": _case("qwen3", args={"enable_expert_parallel": True}, replicas=2),
+    "deepseek-dp2": _case("deepseek", args={"enable_expert_parallel": True}, replicas=2, capture=False),
 }
 
 
@@ -163,18 +165,32 @@ def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
         row["async"] = engine.info.options["async_scheduling"]
         row["ok"] = True
     finally:
+        _wait_for_replicas()
         engine.close()
     return row
+
+
+def _wait_for_replicas() -> None:
+    """A replica that ends early leaves the others waiting in a collective."""
+    size = int(os.environ.get("VLLM_DP_SIZE", "1"))
+    if size == 1:
+        return
+    flags = [Path(tempfile.gettempdir(), f"dp-{os.environ['VLLM_DP_MASTER_PORT']}-{rank}") for rank in range(size)]
+    flags[int(os.environ["VLLM_DP_RANK"])].touch()
+    deadline = time.monotonic() + 60
+    while not all(flag.exists() for flag in flags) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def _requests(case: dict[str, Any]) -> list[Any]:
     from moescope.profiler.engine import Request
     from moescope.profiler.tokens import split_of
 
-    rng = np.random.default_rng(3)
+    rank = int(os.environ.get("VLLM_DP_RANK", "0"))
+    rng = np.random.default_rng(3 + rank)
     shared = rng.integers(16, 256, 96)
     requests = []
-    for i in range(PROMPTS):
+    for i in range(PROMPTS // (1 + 3 * rank)):
         ids = rng.integers(16, 256, int(rng.integers(1, LONGEST))).astype(np.int32)
         if case.get("shared") and i % 2:
             ids = np.concatenate([shared, ids]).astype(np.int32)
@@ -255,6 +271,40 @@ def _start(name: str, limit: float) -> dict[str, Any]:
     case = (CASES | PARALLEL)[name]
     environment = os.environ | case.get("env", {})
     environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    replicas = case.get("replicas", 1)
+    if replicas == 1:
+        return _run(name, environment, limit)
+    port = _free_port()
+    with concurrent.futures.ThreadPoolExecutor(replicas) as pool:
+        rows = list(
+            pool.map(
+                lambda rank: _run(
+                    name,
+                    environment
+                    | {
+                        "VLLM_DP_RANK": str(rank),
+                        "VLLM_DP_RANK_LOCAL": str(rank),
+                        "VLLM_DP_SIZE": str(replicas),
+                        "VLLM_DP_MASTER_IP": "127.0.0.1",
+                        "VLLM_DP_MASTER_PORT": str(port),
+                    },
+                    limit,
+                    f"-{rank}",
+                ),
+                range(replicas),
+            )
+        )
+    joined = {"case": name, "ok": all(row.get("ok") for row in rows), "ranks": rows}
+    return joined
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def _run(name: str, environment: dict[str, str], limit: float, suffix: str = "") -> dict[str, Any]:
     try:
         run = subprocess.run(
             [sys.executable, "-m", "tests.gpu.regimes", "--one", name],
@@ -271,7 +321,7 @@ def _start(name: str, limit: float) -> dict[str, Any]:
         tail = (run.stdout + run.stderr).strip().splitlines()[-60:]
         out = os.environ.get("OUT")
         if out:
-            Path(out, f"{name}.log").write_text(run.stdout[-20000:] + run.stderr[-30000:])
+            Path(out, f"{name}{suffix}.log").write_text(run.stdout[-20000:] + run.stderr[-30000:])
         errors = [line for line in tail if "Error" in line or "error" in line]
         return {"case": name, "ok": False, "error": (errors or tail or ["no output"])[-1][-300:]}
     return dict(json.loads(rows[-1]))
