@@ -1,11 +1,12 @@
-"""What one rank of a vLLM engine counted: a file for each, joined to one profile; layers of pipeline ranks side by side,
-data-parallel ranks added up.
+"""What one rank of a vLLM engine counted: a file for each, joined to one profile.
+
+Layers of pipeline ranks lie side by side; data-parallel ranks add up.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -124,12 +125,11 @@ def join(parts: Sequence[Part]) -> tuple[tuple[LayerInfo, ...], StagedSums]:
         raise InvariantError("data-parallel ranks have different MoE layers")
     total = replicas[0][1]
     for _, sums in replicas[1:]:
-        total = StagedSums(
-            **{
-                name: None if getattr(total, name) is None else getattr(total, name) + getattr(sums, name)
-                for name in _FIELDS
-            }
-        )
+        added: dict[str, Any] = {
+            name: None if getattr(total, name) is None else getattr(total, name) + getattr(sums, name)
+            for name in _FIELDS
+        }
+        total = replace(total, **added)
     return replicas[0][0], total
 
 

@@ -76,8 +76,8 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
     where = f"layer {runner.layer_id}"
     if runner.is_monolithic:
         raise ModelError(
-            f"{where} routes inside a fused kernel ({type(runner.routed_experts.quant_method).__name__}), where nothing "
-            "can be recorded; choose a modular backend with the engine argument moe_backend=triton (or cutlass, marlin)"
+            f"{where} routes inside a fused kernel ({type(runner.routed_experts.quant_method).__name__}), where it "
+            "cannot be recorded; choose a modular backend with the engine argument moe_backend=triton (cutlass, marlin)"
         )
     if kind in _REFUSED:
         raise ModelError(f"{where}: {kind} cannot be recorded: {_REFUSED[kind]}")

@@ -1,8 +1,8 @@
 """The recorder inside one vLLM worker: which rows of each step count, and where their counts go.
 
-A step is held back until the scheduler's ledger has said how far its requests got (see `moescope.adapters.vllm_ledger`);
-then its rows are counted once, by position, so that recomputed tokens, rejected drafts, and rows past a request's last
-token do not count.
+A step is held back until the scheduler has said how far its requests got (see `moescope.adapters.vllm_ledger`); then
+its rows are counted once, by position, so that recomputed tokens, rejected drafts, and rows past a request's last token
+do not count.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, VERIFY_KEY, S
 from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
 from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.run import SAVE_EVERY, timestamp
-from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, SPLITS, Copied, StagedRecorder, cell_of
-from moescope.profiler.tokens import split_of
+from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, StagedRecorder, cell_of
+from moescope.profiler.tokens import SPLITS, split_of
 
 _SHARES: Final = {"off": 0.0, "sample": SAMPLE_SHARE, "all": 1.0}
 #: Name of the domain of requests that name none, and of those that come when no more domains fit.

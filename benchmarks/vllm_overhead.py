@@ -1,6 +1,6 @@
 """What recording inside vLLM costs, on one GPU: paired on/off blocks in one engine, and whole processes in turn.
 
-    python -m benchmarks.vllm_overhead paired --shape qwen3-30b-a3b     # on/off blocks in random order, latency, profiler
+    python -m benchmarks.vllm_overhead paired --shape qwen3-30b-a3b     # on/off blocks, latency, profiler
     python -m benchmarks.vllm_overhead process --provider off           # one process: throughput and latency
     python -m benchmarks.vllm_overhead process --provider capture       # … with vLLM's own capture of routed experts
     python -m benchmarks.vllm_overhead process --provider moescope

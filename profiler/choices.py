@@ -1,4 +1,4 @@
-"""Counting choices into accumulators that stay: the plain torch reference, which the Triton kernels are held against."""
+"""Counting choices into sums that stay: the plain torch reference, which the Triton kernels are held against."""
 
 from typing import Final
 

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels of the recorder: the same sums as `moescope.profiler.choices`, with one launch a step.
 
 Import this module only where Triton is installed. Launch sizes do not depend on data, and nothing synchronises.
@@ -7,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moescope.profiler.choices import SCALE, SPLITS, WEIGHT_LIMIT
+from moescope.profiler.choices import SCALE, WEIGHT_LIMIT
+from moescope.profiler.tokens import SPLITS
 
 _SCALE = tl.constexpr(SCALE)
 _SPLITS = tl.constexpr(SPLITS)
@@ -15,8 +17,8 @@ _WEIGHT_LIMIT = tl.constexpr(WEIGHT_LIMIT)
 _HALF_ULP = tl.constexpr(float(1 << 23))
 
 
-@triton.jit  # type: ignore[misc]
-def _fixed(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@triton.jit
+def _fixed(values):
     """Round non-negative float32 to units of 2**-24, half to even, without float64."""
     scaled = values * _SCALE  # a power of two: exact
     # adding 2**23 leaves no room for a fraction, so the addition rounds; from 2**23 on there is none
@@ -24,18 +26,18 @@ def _fixed(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     return rounded.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[misc]
-def _add_choices(  # type: ignore[no-untyped-def]
-    ids_ptr,  # noqa: ANN001
-    weights_ptr,  # noqa: ANN001
-    cells_ptr,  # noqa: ANN001
-    scales_ptr,  # noqa: ANN001
-    counts_ptr,  # noqa: ANN001
-    weight_sums_ptr,  # noqa: ANN001
-    faults_ptr,  # noqa: ANN001
-    pairs_ptr,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    layer_stride,  # noqa: ANN001
+@triton.jit(do_not_specialize=["rows"])
+def _add_choices(
+    ids_ptr,
+    weights_ptr,
+    cells_ptr,
+    scales_ptr,
+    counts_ptr,
+    weight_sums_ptr,
+    faults_ptr,
+    pairs_ptr,
+    rows,
+    layer_stride,
     layers: tl.constexpr,
     experts: tl.constexpr,
     k: tl.constexpr,
@@ -86,13 +88,13 @@ def _add_choices(  # type: ignore[no-untyped-def]
     tl.store(ids_ptr + offset, -1, mask=here)
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[misc]
-def _stage_distributions(  # type: ignore[no-untyped-def]
-    logits_ptr,  # noqa: ANN001
-    sample_ptr,  # noqa: ANN001
-    out_ptr,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    row_stride,  # noqa: ANN001
+@triton.jit(do_not_specialize=["rows"])
+def _stage_distributions(
+    logits_ptr,
+    sample_ptr,
+    out_ptr,
+    rows,
+    row_stride,
     experts: tl.constexpr,
     SIGMOID: tl.constexpr,
     E: tl.constexpr,
@@ -110,13 +112,13 @@ def _stage_distributions(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + slot * experts + expert, scores / tl.sum(scores, 0), mask=there)
 
 
-@triton.jit  # type: ignore[misc]
-def _add_distributions(  # type: ignore[no-untyped-def]
-    distributions_ptr,  # noqa: ANN001
-    cells_ptr,  # noqa: ANN001
-    sums_ptr,  # noqa: ANN001
-    faults_ptr,  # noqa: ANN001
-    layer_stride,  # noqa: ANN001
+@triton.jit
+def _add_distributions(
+    distributions_ptr,
+    cells_ptr,
+    sums_ptr,
+    faults_ptr,
+    layer_stride,
     layers: tl.constexpr,
     experts: tl.constexpr,
     E: tl.constexpr,

@@ -60,7 +60,7 @@ class GroupSums:
     coactivation: NDArray[np.int64] | None = None
 
     def add_to(self, arrays: dict[str, NDArray[np.int64]], tokens: Sequence[int]) -> None:
-        """Add to a profile's integer totals; `tokens` are the tokens T of each group, from the requests' own lengths."""
+        """Add to a profile's integer totals; `tokens`: T of each group, from the requests' own lengths."""
         for g, (domain, phase, split) in enumerate(self.groups):
             arrays["selection_counts"][domain, phase] += self.selection[g]
             arrays["split_counts"][split, domain] += self.selection[g]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.profiler import choices
-from moescope.profiler.choices import FAULTS, POISON, SPLITS
+from moescope.profiler.choices import FAULTS, POISON
 from moescope.profiler.errors import InvariantError
 from moescope.profiler.profile import LayerInfo, Scoring, check_layer
+from moescope.profiler.tokens import SPLITS
 
 #: Phases of a token, in the order of a profile's second axis.
 PREFILL, DECODE = 0, 1
@@ -142,7 +143,9 @@ class StagedRecorder:
         self._pairs = (
             torch.zeros((depth, self.experts, self.experts), dtype=torch.int64, **like) if coactivation else None
         )
-        self.sample = self.distributions = self._distribution_sums = None
+        self.sample: Tensor | None = None
+        self.distributions: Tensor | None = None
+        self._distribution_sums: Tensor | None = None
         if share:
             rows = capacity if share >= 1 else min(capacity, _most(capacity, share))
             self.sample = torch.full((rows,), POISON, dtype=torch.int32, **like)
@@ -228,14 +231,10 @@ class StagedRecorder:
                 choices.add_choices(
                     staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults
                 )
-            if sampled is not None and len(sampled) and staged.distributions is not None:
+            distributions, sums = staged.distributions, self._distribution_sums
+            if sampled is not None and len(sampled) and distributions is not None and sums is not None:
                 add = choices.add_distributions if self._kernels is None else self._kernels.add_distributions
-                add(
-                    staged.distributions[:, : len(sampled)],
-                    self.upload(sampled),
-                    self._distribution_sums,
-                    self._faults,
-                )
+                add(distributions[:, : len(sampled)], self.upload(sampled), sums, self._faults)
                 np.add.at(self._sampled, sampled[sampled >= 0], 1)
         self._tokens += tokens
 

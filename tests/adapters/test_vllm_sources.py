@@ -268,7 +268,7 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def _where(path: str, *names: str | None) -> str:
-    return ".".join([path, *(name for name in names if name)])
+    return f"{path}: {'.'.join(name for name in names if name) or 'the file'}"
 
 
 def test_versions_are_the_supported_ones() -> None:
@@ -291,7 +291,7 @@ def test_patched_functions_are_there(sources: Sources) -> None:
             wrong.append(f"{_where(path, owner, name)} is missing")
         elif lost := set(wanted) - set(parameters(function)):
             wrong.append(f"{_where(path, owner, name)} lacks {sorted(lost)}")
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_members_are_there(sources: Sources) -> None:
@@ -299,7 +299,7 @@ def test_members_are_there(sources: Sources) -> None:
     for path, owner, names in _rows(sources, MEMBERS):
         there = sources.members(path, owner)
         wrong += [_where(path, owner, name) for name in names.split() if name not in there]
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_signatures_fit(sources: Sources) -> None:
@@ -318,7 +318,7 @@ def test_signatures_fit(sources: Sources) -> None:
             fits = positional(function)[:count] == wanted.split()[:count] and set(wanted.split()) <= set(found)
         if not fits:
             wrong.append(f"{_where(path, owner, name)} takes {found}, not {wanted.split()}")
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_facts_hold(sources: Sources) -> None:
@@ -327,7 +327,7 @@ def test_facts_hold(sources: Sources) -> None:
         count = sources.occurrences(path, owner, name, expression)
         if count != times if times is not None else not count:
             wrong.append(f"{_where(path, owner, name)} has {expression!r} {count} times")
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_a_step_can_carry_a_note(sources: Sources) -> None:
@@ -344,4 +344,4 @@ def test_classes_inherit_what_is_patched(sources: Sources) -> None:
     for path, owner, names in _rows(sources, INHERITED):
         own = sources.members(path, owner)
         wrong += [f"{_where(path, owner, name)} replaces what is patched" for name in names.split() if name in own]
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)

@@ -263,7 +263,7 @@ def _with_nan(engine: Any, error: type[Exception]) -> dict[str, Any]:
 
 def _poison(worker: Any, victim: int) -> None:
     for name, module in worker.model_runner.get_model().named_modules():
-        if name.endswith(f"layers.{victim}.mlp.gate") or name.endswith(f"layers.{victim}.block_sparse_moe.gate"):
+        if name.endswith((f"layers.{victim}.mlp.gate", f"layers.{victim}.block_sparse_moe.gate")):
             module.weight.data.fill_(float("nan"))
 
 
@@ -294,8 +294,7 @@ def _start(name: str, limit: float) -> dict[str, Any]:
                 range(replicas),
             )
         )
-    joined = {"case": name, "ok": all(row.get("ok") for row in rows), "ranks": rows}
-    return joined
+    return {"case": name, "ok": all(row.get("ok") for row in rows), "ranks": rows}
 
 
 def _free_port() -> int:
@@ -334,13 +333,14 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help="run the one case here")
     parser.add_argument("--parallel", type=int, default=1, help="GPUs")
     parser.add_argument("--jobs", type=int, default=4, help="engines at a time")
+    parser.add_argument("--also", nargs="*", default=[], help="further cases")
     parser.add_argument("--limit", type=float, default=280, help="seconds a case may take")
     options = parser.parse_args()
     if options.one:
         name = options.names[0]
         print(json.dumps(run_case(name, (CASES | PARALLEL)[name])), flush=True)
         return
-    names = options.names or list(PARALLEL if options.parallel > 1 else CASES)
+    names = (options.names or list(PARALLEL if options.parallel > 1 else CASES)) + options.also
     start: Callable[[str], dict[str, Any]] = lambda name: _start(name, options.limit)  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         rows = []

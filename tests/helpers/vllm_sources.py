@@ -148,7 +148,7 @@ def _fetch(version: str, paths: Collection[str]) -> tuple[dict[str, str | None],
 
 
 def _from_wheel(url: str, paths: Collection[str]) -> tuple[dict[str, str | None], int]:
-    with RemoteFile(url) as remote, zipfile.ZipFile(remote) as archive:  # type: ignore[arg-type]
+    with RemoteFile(url) as remote, zipfile.ZipFile(remote) as archive:
         places = {entry.filename: entry.header_offset for entry in archive.infolist()}
         texts: dict[str, str | None] = dict.fromkeys(paths)
         for path in sorted(set(paths) & set(places), key=places.__getitem__):  # in file order: neighbours share blocks
