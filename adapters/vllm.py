@@ -450,6 +450,9 @@ def _stop(llm: Any) -> None:
     engine = llm.llm_engine.engine_core
     with contextlib.suppress(Exception):
         engine.shutdown()
+    context = getattr(engine, "ctx", None)
+    if context is not None:  # vLLM leaves it to the garbage collector
+        context.destroy(linger=0)
 
 
 @contextlib.contextmanager

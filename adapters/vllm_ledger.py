@@ -50,13 +50,15 @@ class Ledger:
     def scheduled(self, output: Any, requests: dict[str, Any]) -> None:
         """A step was planned: attach the note to it."""
         for new in output.scheduled_new_reqs:
-            self._entries[new.req_id] = _Entry(skipped=new.num_computed_tokens)
+            if new.req_id in self._entries:  # model runner V2: a preempted request comes back as a new one
+                self._resumed(new.req_id, new.num_computed_tokens)
+            else:
+                self._entries[new.req_id] = _Entry(skipped=new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
         if cached.resumed_req_ids:
             for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-                entry = self._entries.get(request_id)
-                if entry is not None and request_id in cached.resumed_req_ids and computed > entry.reached:
-                    entry.skipped += computed - entry.reached  # another request had left these in the prefix cache
+                if request_id in cached.resumed_req_ids and request_id in self._entries:
+                    self._resumed(request_id, computed)
         for request_id in self._drafted:
             if request_id in requests:
                 # the newest token has not been fed; what was fed from its place on are rejected drafts
@@ -65,6 +67,11 @@ class Ledger:
         setattr(output, NOTE, Note(self._step, self._settled, self._limits, self._finished))
         self._limits, self._finished = {}, {}
         self._step += 1
+
+    def _resumed(self, request_id: str, computed: int) -> None:
+        entry = self._entries[request_id]
+        # past what it had reached, another request left its tokens in the prefix cache
+        entry.skipped += max(0, computed - entry.reached)
 
     def taken_in(self, output: Any) -> None:
         """The outputs of a step were taken in."""
@@ -78,20 +85,19 @@ class Ledger:
         entry = self._entries.get(request.request_id)
         if entry is not None:
             entry.reached = max(entry.reached, min(request.num_computed_tokens, request.num_tokens))
-            self._limits[request.request_id] = request.num_tokens
+            self._limits[request.request_id] = entry.reached
 
     def ended(self, request: Any, *, aborted: bool) -> None:
         """A request ended by itself or was aborted."""
         entry = self._entries.pop(request.request_id, None)
         if entry is None:  # never scheduled: nothing was routed
             return
-        if aborted:
-            limit = request.num_tokens
-            routed = max(entry.reached, min(request.num_computed_tokens, limit))
+        if aborted:  # what is in flight past the last known token is not known to be worth counting
+            end = max(entry.reached, min(request.num_computed_tokens, request.num_tokens))
         else:
-            limit = routed = request.num_tokens - 1  # the last token is never fed
-        self._limits[request.request_id] = limit
-        self._finished[request.request_id] = routed - entry.skipped
+            end = request.num_tokens - 1  # the last token is never fed
+        self._limits[request.request_id] = end
+        self._finished[request.request_id] = end - entry.skipped
 
 
 def follow(scheduler: type) -> None:

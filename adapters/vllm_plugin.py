@@ -4,12 +4,15 @@ vLLM calls `register` in the front end, in the engine core and in every worker. 
 scheduler sends notes with each step, and each worker binds a recorder when its model is loaded.
 """
 
+import contextlib
 import functools
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any, Final
 
-from moescope.adapters.vllm_settings import SERVER_VARIABLE, VARIABLE, Settings
+from moescope.adapters.vllm_settings import SERVER_VARIABLE, TRIGGER_NAME, VARIABLE, Settings
 
 #: Name of the entry point.
 NAME: Final = "moescope"
@@ -82,6 +85,20 @@ def register() -> None:
     if not (os.environ.get(VARIABLE) or os.environ.get(SERVER_VARIABLE)):
         return
     install()
+    if os.environ.get(SERVER_VARIABLE):
+        _touch_on_signal(Path(os.environ[SERVER_VARIABLE], TRIGGER_NAME))
+
+
+def _touch_on_signal(trigger: Path) -> None:
+    """SIGUSR1 asks for a save, whichever process of the server gets it; without a handler it would kill it."""
+
+    def touch(_number: int, _frame: Any) -> None:
+        with contextlib.suppress(OSError):
+            trigger.parent.mkdir(parents=True, exist_ok=True)
+            trigger.touch()
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, touch)
 
 
 @functools.cache

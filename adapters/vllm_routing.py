@@ -89,7 +89,7 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
         raise ModelError(f"{where}: {kind} cannot be recorded: it routes by a hash of the token id")
     if getattr(router, "num_fused_shared_experts", 0):
         raise ModelError(f"{where}: {kind} cannot be recorded: shared experts are fused into its top-k")
-    scoring = router.scoring_func
+    scoring: Any = "softmax" if _falls_back(router) else router.scoring_func
     if scoring not in ("softmax", "sigmoid"):
         raise ModelError(f"{where}: the scoring function {scoring!r} is unknown; moescope records softmax and sigmoid")
     config = runner.moe_config
@@ -123,11 +123,15 @@ def _scale(router: Any) -> float:
     grouped = getattr(router, "use_grouped_topk", None)
     if grouped is False:  # CPURouter multiplies in its grouped branch alone
         return 1.0
-    if type(router).__name__ == "GroupedTopKRouter" and router.e_score_correction_bias is None:
-        groups = router.num_expert_group
-        if router.global_num_experts <= groups or router.global_num_experts % groups:
-            return 1.0  # falls back to a top-k that does not multiply
-    return scale
+    return 1.0 if _falls_back(router) else scale
+
+
+def _falls_back(router: Any) -> bool:
+    """Whether a grouped router whose groups do not divide its experts uses vLLM's plain softmax top-k, unscaled."""
+    if type(router).__name__ != "GroupedTopKRouter" or router.e_score_correction_bias is not None:
+        return False
+    experts, groups = router.global_num_experts, router.num_expert_group
+    return bool(experts <= groups or experts % groups)
 
 
 def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel: int) -> None:

@@ -17,6 +17,9 @@ PROBABILITIES_VARIABLE: Final = "MOESCOPE_PROBABILITIES"
 #: Optional for a server: how many domains requests may name.
 DOMAINS_VARIABLE: Final = "MOESCOPE_DOMAINS"
 
+#: File in a server's folder: when it is touched, every worker saves at once. SIGUSR1 to any process of vLLM touches it.
+TRIGGER_NAME: Final = "save"
+
 #: Keys of a request's `extra_args`: domain (index, or name on a server) and split.
 DOMAIN_KEY: Final = "moescope_domain"
 SPLIT_KEY: Final = "moescope_split"

@@ -7,11 +7,11 @@ do not count.
 
 import contextlib
 import os
-import signal
 import threading
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ from torch import Tensor
 from moescope.adapters.vllm_ledger import NOTE, Note
 from moescope.adapters.vllm_parts import Part, save_part, save_serving
 from moescope.adapters.vllm_routing import find_layers, stage
-from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, VERIFY_KEY, Settings
+from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRIGGER_NAME, VERIFY_KEY, Settings
 from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
 from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.run import SAVE_EVERY, timestamp
@@ -32,6 +32,8 @@ from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, StagedRecord
 from moescope.profiler.tokens import SPLITS, split_of
 
 _SHARES: Final = {"off": 0.0, "sample": SAMPLE_SHARE, "all": 1.0}
+#: Seconds between two looks at the trigger.
+_POLL: Final = 0.5
 #: Name of the domain of requests that name none, and of those that come when no more domains fit.
 _DEFAULT_DOMAIN: Final = "default"
 _OTHER_DOMAIN: Final = "other"
@@ -161,7 +163,7 @@ class WorkerRecorder:
         """The engine has warmed up and captured its graphs: from now on, forwards are real."""
         self._armed = True
         if self.settings.serving:
-            self._saver = Saver(self.save)
+            self._saver = Saver(self.save, Path(self.settings.folder, TRIGGER_NAME))
 
     def close(self) -> None:
         """The worker shuts down; a server saves once more."""
@@ -259,6 +261,9 @@ class WorkerRecorder:
         """Take in the requests and positions of a step."""
         table = self._table
         for new in output.scheduled_new_reqs:
+            if new.req_id in table.slot_of:  # model runner V2: a preempted request comes back as a new one
+                self._place([new.req_id], [new.num_computed_tokens], {new.req_id})
+                continue
             slot = table.add(new.req_id)
             ids = new.prompt_token_ids
             prompt = len(ids) if ids is not None else len(new.prompt_embeds)
@@ -272,19 +277,23 @@ class WorkerRecorder:
             self._skipped += new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         if cached.req_ids:
-            slots = np.array([table.slot_of[name] for name in cached.req_ids], np.int64)
-            starts = np.array(cached.num_computed_tokens, np.int64)
-            if cached.resumed_req_ids:
-                for name, slot in zip(cached.req_ids, slots, strict=True):
-                    if name in cached.resumed_req_ids:
-                        table.floor[slot] = table.done[slot]  # what is fed again below here was counted
-            # rejected drafts: their places are fed anew
-            table.done[slots] = np.maximum(np.minimum(table.done[slots], starts), table.floor[slots])
-            late = starts > table.done[slots]
-            if late.any():  # the prefix cache of another request took some over
-                self._skipped += int(np.maximum(starts - table.done[slots], 0).sum())
-                table.done[slots] = np.maximum(table.done[slots], starts)
-            table.start[slots] = starts
+            self._place(cached.req_ids, cached.num_computed_tokens, cached.resumed_req_ids)
+
+    def _place(self, names: Sequence[str], computed: Sequence[int], resumed: Set[str]) -> None:
+        """Take in where known requests go on."""
+        table = self._table
+        slots = np.array([table.slot_of[name] for name in names], np.int64)
+        starts = np.array(computed, np.int64)
+        if resumed:
+            for name, slot in zip(names, slots, strict=True):
+                if name in resumed:
+                    table.floor[slot] = table.done[slot]  # what is fed again below here was counted
+        # rejected drafts: their places are fed anew
+        table.done[slots] = np.maximum(np.minimum(table.done[slots], starts), table.floor[slots])
+        # what another request left in the prefix cache is not routed
+        self._skipped += int(np.maximum(starts - table.done[slots], 0).sum())
+        table.done[slots] = np.maximum(table.done[slots], starts)
+        table.start[slots] = starts
 
     def _tags(self, new: Any) -> tuple[int, int]:
         """Domain and split of a request."""
@@ -482,30 +491,32 @@ class WorkerRecorder:
 
 
 class Saver:
-    """Calls `save` every 30 seconds, and at once on SIGUSR1, from a thread of its own."""
+    """Calls `save` every 30 seconds, and at once when `trigger` is touched, from a thread of its own."""
 
-    def __init__(self, save: Callable[[], None], every: float = SAVE_EVERY) -> None:
+    def __init__(self, save: Callable[[], None], trigger: Path, every: float = SAVE_EVERY) -> None:
         self._save = save
+        self._trigger = trigger
         self._every = every
-        self._wake = threading.Event()
-        self._closed = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moescope-saver", daemon=True)
         self._thread.start()
-        with contextlib.suppress(ValueError):  # not in the main thread: no signals
-            signal.signal(signal.SIGUSR1, lambda _number, _frame: self._wake.set())
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait(self._every)
-            if self._closed:
-                return
-            self._wake.clear()
-            self._save()
+        touched, saved = self._touched(), time.monotonic()
+        while not self._closed.wait(_POLL):
+            now = self._touched()
+            if now != touched or time.monotonic() - saved >= self._every:
+                touched, saved = now, time.monotonic()
+                self._save()
+
+    def _touched(self) -> int:
+        with contextlib.suppress(OSError):
+            return self._trigger.stat().st_mtime_ns
+        return 0
 
     def close(self) -> None:
         """Stop, when a save that is under way has ended."""
-        self._closed = True
-        self._wake.set()
+        self._closed.set()
         self._thread.join()
 
 
@@ -539,6 +550,8 @@ def _refuse(config: Any) -> None:
     parallel = config.parallel_config
     if envs.VLLM_MOE_ROUTING_SIMULATION_STRATEGY:
         raise ModelError("the routing is simulated: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+    if config.model_config.runner_type == "pooling":
+        raise ModelError("pooling models are not recorded: they generate nothing; use the transformers engine")
     if getattr(parallel, "use_sequence_parallel_moe", False):
         raise ModelError(
             "MoE layers run sequence-parallel, which is not recorded; choose another all2all_backend, such as "

@@ -168,7 +168,7 @@ def _unbind(worker: Any, slot: int) -> None:
         ("deepseek_v3", {"enforce_eager": False}),
         ("qwen3_moe", {"speculative_config": DRAFTS}),
         ("qwen3_moe", {"tensor_parallel_size": 2}),
-        ("qwen3_moe", {"num_gpu_blocks_override": 20, "block_size": 16, "enable_prefix_caching": True}),
+        ("qwen3_moe", {"num_gpu_blocks_override": 12, "block_size": 32, "enable_prefix_caching": True}),
     ],
     ids=[
         "deepseek", "qwen compiled", "deepseek compiled", "drafts", "tensor parallel", "preemption and prefix cache"

@@ -59,21 +59,6 @@ class Server:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return list(json.load(answer)["choices"][0]["token_ids"])
 
-    def signal_workers(self) -> None:
-        """Ask every process of the server below its front end to save."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-        children: dict[int, list[int]] = {}
-        for line in listed.splitlines()[1:]:
-            pid, parent = map(int, line.split())
-            children.setdefault(parent, []).append(pid)
-        waiting = list(children.get(self.process.pid, []))
-        while waiting:
-            pid = waiting.pop()
-            waiting += children.get(pid, [])
-            command = Path(f"/proc/{pid}/cmdline")
-            if command.exists() and b"Worker" in command.read_bytes():
-                os.kill(pid, signal.SIGUSR1)
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -132,7 +117,7 @@ def test_a_server_records_from_start_to_stop(server: Server) -> None:
         requests.append((prompt, generated, domains.index(name or "default")))
     path = server.folder / "profile.safetensors"
     assert not path.exists()
-    server.signal_workers()
+    server.process.send_signal(signal.SIGUSR1)
     _await(path)
     saved = path.stat().st_mtime
     first = load_profile(path)
