@@ -152,6 +152,9 @@ def profile(
         int | None, typer.Option(min=1, max=_MOST, help="Longest prompt; by default what the model's context leaves.")
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer prompts instead of refusing them.")] = False,
+    skip_long: Annotated[
+        bool, typer.Option("--skip-long", help="Leave longer prompts out instead of refusing them.")
+    ] = False,
     probabilities: Annotated[
         Probabilities | None,
         typer.Option(
@@ -256,6 +259,7 @@ def profile(
                     Generation(tokens, temperature, seed),
                     max_prompt_tokens=max_prompt_tokens,
                     truncate=truncate,
+                    skip_long=skip_long,
                     folder=folder,
                     resume=resume,
                     on_tokenized=on_tokenized,
@@ -390,6 +394,8 @@ def _report(
 def _print_findings(data: "ReportData") -> None:
     spread = ", ".join(f"{name} {count:,}" for name, count in data.tokens_by_phase.items())
     typer.echo(f"{data.tokens:,} tokens ({spread}); selections are k·T in every one of {len(data.layers)} layers")
+    for remark in data.remarks:
+        typer.echo(remark)
     for pattern in data.periodic.patterns:
         if pattern.num_pairs:
             typer.echo(

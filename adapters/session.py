@@ -137,6 +137,7 @@ def profile_prompts(
     *,
     max_prompt_tokens: int | None = None,
     truncate: bool = False,
+    skip_long: bool = False,
     folder: OutputFolder | None = None,
     resume: bool = False,
     on_tokenized: Callable[[int, int], None] | None = None,
@@ -150,6 +151,7 @@ def profile_prompts(
         generation: How prompts are continued; its seed also splits the prompts.
         max_prompt_tokens: Longest prompt; by default what the model's context leaves beside the generated tokens.
         truncate: Cut longer prompts rather than refuse the set.
+        skip_long: Leave longer prompts out rather than refuse the set; how many is in the run's settings.
         folder: Where to keep results, or None.
         resume: Go on with what an interrupted run left in `folder`.
         on_tokenized: Told prompts and tokens so far while tokenising.
@@ -171,7 +173,7 @@ def profile_prompts(
             f"--max-prompt-tokens {max_prompt_tokens} and --max-tokens {generation.max_tokens} together exceed the "
             f"model's context of {engine.context}"
         )
-    limits = PromptLimits(max_prompt_tokens or room, truncate)
+    limits = PromptLimits(max_prompt_tokens or room, truncate, skip_long)
     with (
         _spool_folder(folder) as spool,
         tokenize_prompts(
@@ -188,7 +190,11 @@ def profile_prompts(
             engine,
             tokens,
             generation,
-            settings={"max_prompt_tokens": limits.max_tokens, "truncate": truncate},
+            settings={
+                "max_prompt_tokens": limits.max_tokens,
+                "truncate": truncate,
+                **({"skipped_long_prompts": tokens.skipped} if skip_long else {}),
+            },
             folder=folder,
             resume=before,
             on_progress=on_progress,
@@ -215,6 +221,7 @@ def profile(
     seed: int = 0,
     max_prompt_tokens: int | None = None,
     truncate: bool = False,
+    skip_long: bool = False,
     probabilities: bool | str | None = None,
     coactivation: bool = False,
     output_dir: str | Path | None = None,
@@ -234,13 +241,14 @@ def profile(
         model: Folder of a checkpoint, hub id, or a loaded transformers model.
         prompts: Texts, mappings with the fields of a JSONL line (`prompt`, `messages` or `prompt_token_ids`, and
             `domain`), or `Prompt` objects.
-        engine: "auto" or "transformers".
+        engine: "auto", "vllm" or "transformers"; auto takes vLLM where it and a GPU for it are there.
         tokenizer: Tokenizer of a loaded model; not needed for token ids.
         max_tokens: Tokens to generate for each prompt at most; 0 records the prompts alone.
         temperature: 0 is greedy.
         seed: Of the sampling and of the splits.
         max_prompt_tokens: Longest prompt; by default what fits the model's context.
         truncate: Cut longer prompts rather than refuse the set.
+        skip_long: Leave longer prompts out rather than refuse the set; how many is in the run's settings.
         probabilities: Whose full distributions are summed: "off", "sample" or "all" (or False and True). By default
             all in transformers, and a sample of the tokens, 1 in 64, in vLLM.
         coactivation: Count which experts are chosen together.
@@ -248,7 +256,8 @@ def profile(
         force: Write into a folder that already holds results.
         resume: Go on with what an interrupted run left in `output_dir`.
         on_progress: Called after each batch.
-        options: Options of the engine; see `moescope.adapters.transformers.load_engine`.
+        options: Options of the engine; see `moescope.adapters.transformers.load_engine` and
+            `moescope.adapters.vllm.VllmEngine`, e.g. `engine_args={"max_model_len": 8192}`.
 
     Returns:
         The profile; its counts have been held against the requests' own lengths.
@@ -282,6 +291,7 @@ def profile(
             generation,
             max_prompt_tokens=max_prompt_tokens,
             truncate=truncate,
+            skip_long=skip_long,
             folder=folder,
             resume=resume,
             on_progress=on_progress,

@@ -31,6 +31,7 @@ class PromptLimits:
     Attributes:
         max_tokens: Most tokens of one prompt; None for any number.
         truncate: Keep the first `max_tokens` tokens of a longer prompt, rather than refuse it.
+        skip: Leave longer prompts out, rather than refuse the set.
 
     Raises:
         OptionError: `max_tokens` is below 1, or `truncate` is asked for without it.
@@ -38,12 +39,15 @@ class PromptLimits:
 
     max_tokens: int | None = None
     truncate: bool = False
+    skip: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise OptionError(f"--max-prompt-tokens must be at least 1, not {self.max_tokens}")
         if self.truncate and self.max_tokens is None:
             raise OptionError("--truncate needs --max-prompt-tokens, the number of tokens to keep")
+        if self.truncate and self.skip:
+            raise OptionError("--truncate and --skip-long exclude one another: cut longer prompts, or leave them out")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +63,7 @@ class TokenizedPrompts:
         splits: (N,) int8, `split_of` each prompt; below `SPLITS`.
         sha256: Hex digest over each prompt's length as a little-endian int64 and then its ids as int32, in order.
         total_tokens: Sum of `lengths`.
+        skipped: Prompts that were left out because they are too long.
     """
 
     domains: tuple[str, ...]
@@ -69,6 +74,7 @@ class TokenizedPrompts:
     total_tokens: int
     _ends: NDArray[np.int64]
     _spool: BinaryIO
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -183,25 +189,30 @@ def _tokenized(
     digest = hashlib.sha256()
     too_long = _TooLong(limits)
     tokens = 0
+    kept: set[str] = set()  # domains that have a prompt
     for batch in _batches(_few_domains(prompts, names)):
         rows = []
         for prompt, encoded in zip(batch, _encoded(batch, encode), strict=True):
             ids = too_long.check(_checked_ids(encoded, vocabulary, prompt.source), prompt.source)
+            if ids is None:
+                continue
+            kept.add(prompt.domain)
             rows.append(ids)
             lengths.append(len(ids))
             domain_index.append(names[prompt.domain])
             splits.append(split_of(ids, seed))
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
             tokens += len(ids)
-        with _writing(folder):
-            _write(spool, np.concatenate(rows).tobytes())
+        if rows:
+            with _writing(folder):
+                _write(spool, np.concatenate(rows).tobytes())
         if progress is not None:
             progress(len(lengths), tokens)
-    if not lengths:
+    if not lengths and not too_long.count:
         raise PromptError("the prompt set holds no prompts; give at least one")
     too_long.refuse(len(lengths))
-    domains = tuple(sorted(names))
-    place = np.array([domains.index(name) for name in names], np.int16)
+    domains = tuple(sorted(kept))
+    place = np.array([domains.index(name) if name in kept else -1 for name in names], np.int16)
     all_lengths = np.array(lengths, np.int64)
     return TokenizedPrompts(
         domains=domains,
@@ -210,6 +221,7 @@ def _tokenized(
         splits=np.array(splits, np.int8),
         sha256=digest.hexdigest(),
         total_tokens=tokens,
+        skipped=too_long.count if limits.skip else 0,
         _ends=np.cumsum(all_lengths),
         _spool=spool,
     )
@@ -278,30 +290,32 @@ class _TooLong:
 
     def __init__(self, limits: PromptLimits) -> None:
         self._limits = limits
-        self._count = 0
+        self.count = 0
         self._longest = 0
         self._source = ""
 
-    def check(self, ids: NDArray[np.int32], source: str) -> NDArray[np.int32]:
-        """The ids to keep, (T,) int32."""
+    def check(self, ids: NDArray[np.int32], source: str) -> NDArray[np.int32] | None:
+        """The ids to keep, (T,) int32; None to leave the prompt out."""
         most = self._limits.max_tokens
         if most is None or len(ids) <= most:
             return ids
         if self._limits.truncate:
             return ids[:most]
-        self._count += 1
+        self.count += 1
         if len(ids) > self._longest:
             self._longest, self._source = len(ids), source
-        return ids
+        return None if self._limits.skip else ids
 
     def refuse(self, prompts: int) -> None:
-        """Raise PromptError where there were any."""
-        if self._count:
-            raise PromptError(
-                f"{self._count:,} of {prompts:,} prompts {'is' if self._count == 1 else 'are'} longer than "
-                f"--max-prompt-tokens {self._limits.max_tokens} (longest: {self._longest:,} tokens, {self._source}); "
-                "raise it, drop them, or cut them with --truncate"
-            )
+        """Raise PromptError where there were any, or none is left."""
+        if not self.count or (self._limits.skip and prompts):
+            return
+        total = prompts + self.count if self._limits.skip else prompts
+        raise PromptError(
+            f"{self.count:,} of {total:,} prompts {'is' if self.count == 1 else 'are'} longer than "
+            f"--max-prompt-tokens {self._limits.max_tokens} (longest: {self._longest:,} tokens, {self._source}); "
+            "raise it, leave them out with --skip-long, or cut them with --truncate"
+        )
 
 
 @contextmanager

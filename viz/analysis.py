@@ -1,6 +1,6 @@
 """From a profile to what a report shows: the statistics, computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -106,4 +106,29 @@ def analyze(
         periodic=periodic_patterns(full, chosen),
         router_similarity=None if router_weights is None else router_similarity(router_weights, layers, delta_max),
         loads=layer_loads(counts, profile.model.top_k, profile.tokens, profile.model.experts, layers),
+        remarks=_remarks([run.settings for run in profile.runs]),
     )
+
+
+def _remarks(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the runs' settings say that a reader should know, in sentences; a forged entry says nothing."""
+    remarks = []
+    verified = [entry for entry in (one.get("verified") for one in settings) if isinstance(entry, Mapping)]
+    requests, rows = (_total(verified, name) for name in ("requests", "token_layers"))
+    if requests:
+        against = str(verified[0].get("against", "the engine's own capture"))
+        remarks.append(
+            f"verified: {requests:,} requests, {rows:,} choices of a token in a layer, id by id against {against}: "
+            "no difference"
+        )
+    cached = _total(settings, "skipped_by_prefix_cache")
+    if cached:
+        remarks.append(f"{cached:,} prompt tokens came from the engine's prefix cache and were not routed")
+    long = _total(settings, "skipped_long_prompts")
+    if long:
+        remarks.append(f"{long:,} prompts were left out because they are too long")
+    return tuple(remarks)
+
+
+def _total(entries: Sequence[Mapping[str, Any]], name: str) -> int:
+    return sum(value for entry in entries if isinstance(value := entry.get(name), int))

@@ -28,6 +28,7 @@ class ReportData:
         periodic: periodic patterns of that correlation.
         router_similarity: None where router weights were not read.
         loads: one load a MoE layer, in model order.
+        remarks: what a reader of the run should know beside its numbers: what was verified, what was left out.
     """
 
     model_id: str
@@ -44,6 +45,7 @@ class ReportData:
     periodic: PeriodicPatterns
     router_similarity: RouterSimilarity | None
     loads: tuple[LayerLoad, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def measure(self) -> Measure:

@@ -66,6 +66,7 @@ def _run(report: ReportData) -> list[str]:
         *_field("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
         *_field("recorded", report.created),
         *_field("prompts", f"{report.prompts:,}"),
+        *(line for remark in report.remarks for line in _field("remark", remark)),
     ]
 
 

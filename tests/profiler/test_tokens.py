@@ -306,8 +306,28 @@ def test_too_long_prompts_are_all_counted(tmp_path: Path) -> None:
     message = refused(of_lengths(lengths), tmp_path, limits=PromptLimits(max_tokens=5))
     assert message == (
         "37 of 1,000 prompts are longer than --max-prompt-tokens 5 (longest: 2,310 tokens, file.jsonl, line 994); "
-        "raise it, drop them, or cut them with --truncate"
+        "raise it, leave them out with --skip-long, or cut them with --truncate"
     )
+
+
+def test_long_prompts_are_left_out_on_request(tmp_path: Path) -> None:
+    prompts = [
+        Prompt(text="x" * n, domain=domain, source=f"line {i}")
+        for i, (n, domain) in enumerate([(5, "a"), (9, "gone"), (3, "b"), (8, "a")])
+    ]
+    with tokenize(prompts, tmp_path, limits=PromptLimits(max_tokens=6, skip=True)) as kept:
+        assert kept.lengths.tolist() == [5, 3]
+        assert kept.domains == ("a", "b")
+        assert kept.domain_index.tolist() == [0, 1]
+        assert kept.skipped == 2
+        assert kept.total_tokens == 8
+    with tokenize(prompts[:1] + prompts[2:3], tmp_path, limits=PromptLimits(max_tokens=6)) as same:
+        assert same.sha256 == kept.sha256
+        assert same.skipped == 0
+    message = refused(of_lengths([7, 8]), tmp_path, limits=PromptLimits(max_tokens=6, skip=True))
+    assert message.startswith("2 of 2 prompts are longer than --max-prompt-tokens 6")
+    with pytest.raises(OptionError, match="exclude one another"):
+        PromptLimits(max_tokens=3, truncate=True, skip=True)
 
 
 def test_one_prompt_is_too_long(tmp_path: Path) -> None:
