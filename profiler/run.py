@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from moescope.profiler.engine import Engine, Generation, Request
-from moescope.profiler.errors import ProfileError
+from moescope.profiler.errors import EngineError, ProfileError
 from moescope.profiler.files import PARTIAL_NAME, OutputFolder
 from moescope.profiler.interrupts import interruptible
 from moescope.profiler.profile import RoutingProfile, RunInfo
@@ -85,6 +85,7 @@ def run_profile(
     Raises:
         InvariantError: Counts do not add up; nothing of the batch in question is kept.
         ProfileError: `resume` belongs to another run.
+        EngineError: The engine failed; what had been drained is in the folder.
         Interrupted: Ctrl-C; its `profile` holds what had been drained, which is also in the folder.
     """
     domain_bytes = "\0".join(prompts.domains).encode() + prompts.domain_index.astype("<i2").tobytes()
@@ -147,6 +148,15 @@ def run_profile(
             if folder is not None and run.batches:
                 folder.save_partial(profile)
             raise Interrupted(profile) from error
+        except EngineError as error:
+            interrupts.hold()
+            if folder is None or not run.batches:
+                raise
+            folder.save_partial(totals.profile(run))
+            raise EngineError(
+                f"{error}. Kept what {run.prompts:,} of {run.prompts_total:,} prompts gave in "
+                f"{folder.path / PARTIAL_NAME}; go on with --resume"
+            ) from error
         found = engine.findings()
         if found:
             run = replace(run, settings={**run.settings, **found})

@@ -16,7 +16,7 @@ from moescope.adapters.transformers import TransformersEngine
 from moescope.adapters.transformers_hooks import Rows
 from moescope.profiler import run as run_module
 from moescope.profiler.engine import Completed, Generation, Request
-from moescope.profiler.errors import InvariantError, OptionError, OutputError, ProfileError
+from moescope.profiler.errors import EngineError, InvariantError, OptionError, OutputError, ProfileError
 from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder, load_profile
 from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.run import Interrupted, Progress
@@ -304,3 +304,25 @@ def test_an_existing_folder_needs_force(model: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file; --output-dir needs a folder"):
         profile(model, output_dir=tmp_path / "file")
+
+
+def test_what_was_drained_survives_an_engine_that_dies(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = profile(model, output_dir=tmp_path / "whole")
+    run = TransformersEngine.run
+
+    def dies(self: TransformersEngine, requests: Sequence[Request], generation: Generation, batch: int) -> Completed:
+        if batch == 3:
+            raise EngineError("batch 3: the engine failed")
+        return run(self, requests, generation, batch)
+
+    monkeypatch.setattr(run_module, "SAVE_EVERY", 1e9)  # only the first batch is saved by itself
+    monkeypatch.setattr(TransformersEngine, "run", dies)
+    with pytest.raises(
+        EngineError, match=r"batch 3: the engine failed\. Kept what 10 of 23 prompts gave in .*--resume"
+    ):
+        profile(model, output_dir=tmp_path / "died")
+    assert load_profile(tmp_path / "died" / PARTIAL_NAME).runs[0].batches == 3
+    monkeypatch.setattr(TransformersEngine, "run", run)
+    assert_equal(profile(model, output_dir=tmp_path / "died", resume=True), whole)
