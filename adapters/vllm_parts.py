@@ -245,6 +245,4 @@ def load_serving(folder: Path) -> RoutingProfile:
     paths = sorted(folder.glob(PATTERN))
     if paths:
         return to_profile([load_part(path) for path in paths])
-    if (folder / PROFILE_NAME).exists():
-        return load_profile(folder / PROFILE_NAME)
-    raise ProfileError(f"{folder} holds neither {PROFILE_NAME} nor parts of ranks ({PATTERN})")
+    return load_profile(folder)  # which says what to name instead

@@ -32,8 +32,11 @@ from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, StagedRecord
 from moescope.profiler.tokens import SPLITS, split_of
 
 _SHARES: Final = {"off": 0.0, "sample": SAMPLE_SHARE, "all": 1.0}
-#: Seconds between two looks at the trigger.
+#: Seconds between two looks at whether there is something to save; after which an engine is idle; and between two
+#: saves of an idle engine.
 _POLL: Final = 0.5
+_IDLE: Final = 1.0
+_BETWEEN: Final = 5.0
 #: Name of the domain of requests that name none, and of those that come when no more domains fit.
 _DEFAULT_DOMAIN: Final = "default"
 _OTHER_DOMAIN: Final = "other"
@@ -110,6 +113,7 @@ class WorkerRecorder:
         self._error: str | None = None
         self._requests = 0
         self._skipped = 0
+        self._counted = 0  # steps
         self._verified: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {}
         self._domains: list[str] = [] if settings.serving else [str(i) for i in range(settings.domains)]
         self._description = _describe(config)
@@ -163,7 +167,7 @@ class WorkerRecorder:
         """The engine has warmed up and captured its graphs: from now on, forwards are real."""
         self._armed = True
         if self.settings.serving:
-            self._saver = Saver(self.save, Path(self.settings.folder, TRIGGER_NAME))
+            self._saver = Saver(self.save, lambda: self._counted, Path(self.settings.folder, TRIGGER_NAME))
 
     def close(self) -> None:
         """The worker shuts down; a server saves once more."""
@@ -362,6 +366,7 @@ class WorkerRecorder:
             self._uploaded = (cells, recorder.upload(cells))
         for name in self._verified:
             self._keep(name, step, recorder)
+        self._counted += 1
         tokens = np.bincount(cells[counted], minlength=recorder.domains * 2 * SPLITS)
         sampled = cells[step.sampled] if len(step.sampled) else None
         recorder.commit(self._uploaded[1], tokens, sampled=sampled, source=step.copied)
@@ -491,22 +496,34 @@ class WorkerRecorder:
 
 
 class Saver:
-    """Calls `save` every 30 seconds, and at once when `trigger` is touched, from a thread of its own."""
+    """Saves from a thread of its own: every 30 seconds, when `trigger` is touched, and when the engine has gone idle.
 
-    def __init__(self, save: Callable[[], None], trigger: Path, every: float = SAVE_EVERY) -> None:
+    A server that is stopped may be killed before its workers have written; what came before an idle moment is safe.
+
+    Args:
+        save: What saves.
+        progress: A number that grows with what there is to save.
+        trigger: A file.
+    """
+
+    def __init__(self, save: Callable[[], None], progress: Callable[[], int], trigger: Path) -> None:
         self._save = save
+        self._progress = progress
         self._trigger = trigger
-        self._every = every
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moescope-saver", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        touched, saved = self._touched(), time.monotonic()
+        touched, kept, seen = self._touched(), self._progress(), self._progress()
+        saved = active = time.monotonic()
         while not self._closed.wait(_POLL):
-            now = self._touched()
-            if now != touched or time.monotonic() - saved >= self._every:
-                touched, saved = now, time.monotonic()
+            now, trigger, progress = time.monotonic(), self._touched(), self._progress()
+            if progress != seen:
+                seen, active = progress, now
+            idle = now - active >= _IDLE and now - saved >= _BETWEEN
+            if trigger != touched or (progress != kept and (idle or now - saved >= SAVE_EVERY)):
+                touched, kept, saved = trigger, progress, now
                 self._save()
 
     def _touched(self) -> int:

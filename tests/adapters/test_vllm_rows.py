@@ -229,7 +229,8 @@ def _worker(rows: int) -> WorkerRecorder:
     worker._order, worker._order_slots = [], np.zeros(0, np.int64)
     worker._uploaded, worker._upcoming = None, np.zeros(0, np.int64)
     worker._armed = worker._on = True
-    worker._error, worker._requests, worker._skipped, worker._verified = None, 0, 0, {}
+    worker._error, worker._verified = None, {}
+    worker._requests = worker._skipped = worker._counted = 0
     worker._lock = threading.Lock()
     return worker
 

@@ -125,9 +125,13 @@ def test_a_server_records_from_start_to_stop(server: Server) -> None:
 
     late = server.complete(prompts[0], 3, "code")
     requests.append((prompts[0], late, 0))
+    _await(path, saved)  # the server has gone idle
+    saved = path.stat().st_mtime
+    last = server.complete(prompts[1], 3, "poetry")
+    requests.append((prompts[1], last, 2))
+    _await(path, saved)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0
-    _await(path, saved)
     profile = moescope.RoutingProfile.load(path)
     expected = reference.count(server.model, requests, domains=3, experts=16, scoring="softmax", scale=1.0)
     assert profile.domains == tuple(domains)
@@ -135,5 +139,5 @@ def test_a_server_records_from_start_to_stop(server: Server) -> None:
     np.testing.assert_array_equal(profile.split_counts, expected.splits)
     np.testing.assert_array_equal(profile.token_counts, expected.tokens)
     assert profile.runs[0].engine.name == "vllm"
-    assert profile.runs[0].prompts == 7
+    assert profile.runs[0].prompts == 8
     assert not list(server.folder.glob("error-*"))

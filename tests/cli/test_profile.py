@@ -278,7 +278,9 @@ def test_too_many_domains_are_refused_by_name(cli: Cli, checkpoint: Path, tmp_pa
     ("arguments", "message"),
     [
         (["--engine", "sglang"], "'--engine'"),
-        (["--engine", "vllm"], "--engine 'vllm' is not part of this version"),
+        (["--engine", "transformers", "--verify", "0.5"], "--engine transformers does not take verify"),
+        (["--engine-arg", "eager"], "--engine-arg 'eager': write name=value"),
+        (["--truncate", "--skip-long", "--max-prompt-tokens", "4"], "--truncate and --skip-long exclude one another"),
         (["--dtype", "int3"], "'--dtype'"),
         (["--measure", "vibes"], "'--measure'"),
         (["--device", "toaster"], "--device 'toaster' is unknown"),
