@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moescope import __version__
-from moescope.profiler.errors import InvariantError, ProfileError
+from moescope.profiler.errors import InvariantError, OutputError, ProfileError
 from moescope.profiler.files import PROFILE_NAME, atomic_path, load_profile, save_profile
 from moescope.profiler.profile import FIXED_POINT_BITS, EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
 from moescope.profiler.staged import StagedSums
@@ -218,6 +218,17 @@ def _with_domains(part: Part, names: Sequence[str]) -> Part:
         spread[name] = array
     fields = {name: getattr(part, name) for name in Part.__slots__}
     return Part(**{**fields, "sums": StagedSums(**spread)})
+
+
+def refuse_results(folder: Path, name: str) -> None:
+    """Refuse a server's folder that holds what another server recorded.
+
+    Raises:
+        OutputError: It does.
+    """
+    for taken in (PROFILE_NAME, f"part-{name}.safetensors", f"error-{name}.txt"):
+        if (folder / taken).exists():
+            raise OutputError(f"{folder} holds {taken} of an earlier server; name another folder, or remove it")
 
 
 def save_serving(part: Part, folder: Path, name: str) -> None:

@@ -161,6 +161,8 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
     ) -> tuple[Tensor, Tensor]:
         rows = len(router_logits)
         start, stop = _own_rows(rows) if data_parallel > 1 else (0, rows)
+        if stop - start > recorder.capacity:  # nothing is staged, which the commit finds
+            return original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if into is not None and start == 0 and stop == rows and indices_type in (None, torch.int32):
             ids_out, weights_out = recorder.views(slot, rows)
             weights, ids = into(router_logits, ids_out, weights_out)

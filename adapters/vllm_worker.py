@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.adapters.vllm_ledger import NOTE, Note
-from moescope.adapters.vllm_parts import Part, save_part, save_serving
+from moescope.adapters.vllm_parts import Part, refuse_results, save_part, save_serving
 from moescope.adapters.vllm_routing import find_layers, stage
 from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRIGGER_NAME, VERIFY_KEY, Settings
 from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
@@ -99,8 +99,10 @@ class WorkerRecorder:
         parallel = config.parallel_config
         _refuse(config)
         self._runner = worker.model_runner
-        self._layers = find_layers(self._runner.get_model())
         self.rank = _rank(parallel)
+        if settings.serving:
+            refuse_results(Path(settings.folder), self._name)
+        self._layers = find_layers(self._runner.get_model())
         self._table = _Table()
         self._steps: deque[_Step] = deque()
         self._closing: list[tuple[int, str, int, int]] = []

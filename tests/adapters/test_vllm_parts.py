@@ -12,7 +12,16 @@ import pytest
 import moescope
 from moescope.adapters.session import choose_engine, open_engine, parse_engine_args
 from moescope.adapters.vllm_ledger import NOTE, Ledger
-from moescope.adapters.vllm_parts import Part, join, load_part, load_serving, save_part, save_serving, to_profile
+from moescope.adapters.vllm_parts import (
+    Part,
+    join,
+    load_part,
+    load_serving,
+    refuse_results,
+    save_part,
+    save_serving,
+    to_profile,
+)
 from moescope.adapters.vllm_plugin import supported
 from moescope.adapters.vllm_settings import (
     DOMAINS_VARIABLE,
@@ -21,7 +30,7 @@ from moescope.adapters.vllm_settings import (
     VARIABLE,
     Settings,
 )
-from moescope.profiler.errors import InvariantError, ModelError, OptionError, ProfileError
+from moescope.profiler.errors import InvariantError, ModelError, OptionError, OutputError, ProfileError
 from moescope.profiler.profile import LayerInfo
 from moescope.profiler.staged import StagedSums
 
@@ -196,6 +205,9 @@ def test_one_rank_writes_the_profile_itself(tmp_path: Path) -> None:
     save_serving(part, tmp_path / "new", "dp0-pp0-tp0")
     loaded = moescope.RoutingProfile.load(tmp_path / "new" / "profile.safetensors")
     assert loaded.tokens == part.sums.tokens.sum()
+    with pytest.raises(OutputError, match="an earlier server"):
+        refuse_results(tmp_path / "new", "dp0-pp0-tp0")
+    refuse_results(tmp_path / "empty", "dp0-pp0-tp0")
     broken = replace(part, sums=replace(part.sums, tokens=part.sums.tokens + 1))
     with pytest.raises(InvariantError):
         save_serving(broken, tmp_path / "new", "x")
