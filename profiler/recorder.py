@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moescope.profiler.choices import FAULTS, SCALE
 from moescope.profiler.errors import InvariantError
-from moescope.profiler.profile import FIXED_POINT_BITS, LayerInfo, Scoring, check_layer
+from moescope.profiler.profile import LayerInfo, Scoring, check_layer
 
 #: Choices counted at a time in a commit; bounds its temporary memory to about 100 MB.
 _BLOCK: Final = 1 << 20
-_SCALE: Final = float(1 << FIXED_POINT_BITS)
 _EMPTY: Final = -1
 
 
@@ -28,15 +28,6 @@ class Group(NamedTuple):
     domain: int
     phase: int
     split: int
-
-
-#: What must never be seen in a forward; each is counted by layer on the device and fails the run at the next drain.
-_FAULTS: Final = (
-    "expert ids outside 0..E-1",
-    "tokens sent to one expert twice",
-    "routing weights that are NaN, infinite or negative",
-    "tokens with NaN or infinite router scores",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +108,7 @@ def count_choices(
     ones = torch.ones((), dtype=torch.int64, device=ids.device).expand(layers * rows * k)
     counts = torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, bins, ones)
     counts = counts[:-1].view(groups, layers, width)
-    units = torch.nan_to_num(weights.double() * _SCALE, nan=0.0, posinf=0.0, neginf=0.0).round().long().reshape(-1)
+    units = torch.nan_to_num(weights.double() * SCALE, nan=0.0, posinf=0.0, neginf=0.0).round().long().reshape(-1)
     sums = torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, bins, units)
     return counts, sums[:-1].view(groups, layers, width)
 
@@ -133,7 +124,7 @@ def sum_distributions(distribution: Tensor, group: Tensor, groups: int) -> Tenso
     Returns:
         int64 (G, E), in units of 2**-24. NaN counts as 0.
     """
-    units = torch.nan_to_num(distribution * _SCALE, nan=0.0).round()
+    units = torch.nan_to_num(distribution * SCALE, nan=0.0).round()
     # float64 adds integers below 2**53 exactly in any order, and a matrix product is the fastest sum by group there is
     if groups == 1:
         return units.double().sum(dim=0, keepdim=True).long()
@@ -197,7 +188,7 @@ class Recorder:
         self._pairs = (
             torch.zeros(size[1], size[2], size[2], dtype=torch.int64, device=self.device) if self.coactivation else None
         )
-        self._faults = torch.zeros(len(_FAULTS), len(self.layers), dtype=torch.int64, device=self.device)
+        self._faults = torch.zeros(len(FAULTS), len(self.layers), dtype=torch.int64, device=self.device)
         self._open = False
 
     def begin(self, tokens: int, rows: Tensor | None, group: Tensor) -> None:
@@ -320,7 +311,7 @@ class Recorder:
         Raises:
             InvariantError: In some layer the selections are not k·T, an expert exceeds T, or a fault was counted.
         """
-        for fault, counts in zip(_FAULTS, self._faults.tolist(), strict=True):
+        for fault, counts in zip(FAULTS, self._faults.tolist(), strict=True):
             for layer, count in zip(self.layers, counts, strict=True):
                 if count:
                     raise InvariantError(f"{what}layer {layer.index}: {count:,} {fault}")
