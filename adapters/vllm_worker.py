@@ -247,10 +247,10 @@ class WorkerRecorder:
         if self._on:
             phase = np.where(positions < table.prompt[rows], 0, SPLITS)
             cells = np.where(positions >= table.done[rows], table.base[rows] + phase, -1).astype(np.int32)
-            table.done[slots] = np.maximum(table.done[slots], starts + lengths)
         else:
             cells = np.full(total, -1, np.int32)
             table.whole[slots] = False
+        table.done[slots] = np.maximum(table.done[slots], starts + lengths)
         table.start[slots] = starts + lengths
         drafts = bool(output.scheduled_spec_decode_tokens)
         step = _Step(getattr(output, NOTE).step, rows, positions, cells, drafts, self._upcoming)
