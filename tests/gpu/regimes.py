@@ -318,9 +318,9 @@ def _run(name: str, environment: dict[str, str], limit: float, suffix: str = "")
     rows = [line for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode or not rows:
         tail = (run.stdout + run.stderr).strip().splitlines()[-60:]
-        out = os.environ.get("OUT")
-        if out:
-            Path(out, f"{name}{suffix}.log").write_text(run.stdout[-20000:] + run.stderr[-30000:])
+        logs = environment.get("MOESCOPE_TEST_LOGS")
+        if logs:
+            Path(logs, f"{name}{suffix}.log").write_text(run.stdout[-20000:] + run.stderr[-30000:])
         errors = [line for line in tail if "Error" in line or "error" in line]
         return {"case": name, "ok": False, "error": (errors or tail or ["no output"])[-1][-300:]}
     return dict(json.loads(rows[-1]))
@@ -334,6 +334,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="GPUs")
     parser.add_argument("--jobs", type=int, default=4, help="engines at a time")
     parser.add_argument("--also", nargs="*", default=[], help="further cases")
+    parser.add_argument("--logs", help="folder for the output of cases that fail")
     parser.add_argument("--limit", type=float, default=280, help="seconds a case may take")
     options = parser.parse_args()
     if options.one:
@@ -341,6 +342,8 @@ def main() -> None:
         print(json.dumps(run_case(name, (CASES | PARALLEL)[name])), flush=True)
         return
     names = (options.names or list(PARALLEL if options.parallel > 1 else CASES)) + options.also
+    if options.logs:
+        os.environ["MOESCOPE_TEST_LOGS"] = options.logs
     start: Callable[[str], dict[str, Any]] = lambda name: _start(name, options.limit)  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         rows = []
