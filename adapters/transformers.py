@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moescope.adapters.encoding import encode_prompts, first_line
+from moescope.adapters.folders import check_folder
 from moescope.adapters.transformers_hooks import DECODE, PREFILL, Binding, Rows, Watch, bind, family_of, overridden
 from moescope.profiler.engine import Completed, Generation, Request
 from moescope.profiler.errors import ModelError, OptionError
@@ -292,7 +293,7 @@ def load_engine(
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     target = _device(device)
-    _check_folder(model)
+    check_folder(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, JSON and remote-code errors of many kinds
@@ -331,20 +332,6 @@ def load_engine(
         probabilities=probabilities,
         coactivation=coactivation,
     )
-
-
-def _check_folder(model: str) -> None:
-    folder = Path(model)
-    if not folder.exists():
-        if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
-            raise ModelError(f"No such folder: {model}")
-        return
-    if not folder.is_dir():
-        raise ModelError(f"{model} is a file; --model needs the folder of a checkpoint, or a hub id")
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{model} has no config.json; --model needs the folder of a checkpoint")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ModelError(f"{model} has a config.json but no weights (*.safetensors)")
 
 
 def _device(device: str) -> torch.device:

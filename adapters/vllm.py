@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.adapters.encoding import encode_prompts, first_line
+from moescope.adapters.folders import check_folder
 from moescope.adapters.vllm_parts import engine_info, join, load_part
 from moescope.adapters.vllm_plugin import REFUSAL_NAME, install, loads_plugin, supported
 from moescope.adapters.vllm_settings import (
@@ -83,7 +84,8 @@ class VllmEngine:
         if not 0 <= verify <= 1:
             raise OptionError(f"--verify {verify} must be a share from 0 to 1")
         _check_environment()
-        config = _check_model(model, trust_remote_code or bool(arguments.get("trust_remote_code")))
+        trusted = trust_remote_code or bool(arguments.get("trust_remote_code"))
+        config = _check_model(model, trusted, weights=arguments.get("load_format") in (None, "auto", "safetensors"))
         if int(arguments.get("data_parallel_size", 1)) > 1:
             raise OptionError(
                 "data_parallel_size: one process cannot drive data-parallel engines; record `vllm serve "
@@ -375,7 +377,7 @@ def vllm_version() -> str | None:
     return None
 
 
-def _check_model(model: str, trust_remote_code: bool) -> Any:
+def _check_model(model: str, trust_remote_code: bool, *, weights: bool) -> Any:
     """The config of a model that has experts.
 
     Raises:
@@ -383,8 +385,7 @@ def _check_model(model: str, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    if ("/" in model or model.startswith(".")) and model.count("/") != 1 and not Path(model).is_dir():
-        raise ModelError(f"No such folder: {model}")
+    check_folder(model, weights=weights)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, JSON and remote-code errors of many kinds

@@ -314,6 +314,7 @@ class TestRefusals:
     def test_models(self, tmp_path: Path, fields: dict[str, Any], match: str) -> None:
         from moescope.adapters import vllm
 
+        (tmp_path / "model.safetensors").touch()
         (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_attention_heads": 4, **fields}))
         with pytest.raises(ModelError, match=match):
             vllm.VllmEngine(str(tmp_path))
