@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 from moescope import __version__
 from moescope.profiler.errors import InvariantError, OutputError, ProfileError
 from moescope.profiler.files import PROFILE_NAME, atomic_path, load_profile, save_profile
-from moescope.profiler.profile import FIXED_POINT_BITS, EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
+from moescope.profiler.profile import EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
 from moescope.profiler.staged import StagedSums
+from moescope.profiler.totals import Totals
 
 _KEY: Final = "moescope_part"
 _FIELDS: Final = ("tokens", "cells", "weight", "probability", "probability_tokens", "coactivation")
@@ -143,8 +144,7 @@ def _side_by_side(stages: list[Part]) -> tuple[tuple[LayerInfo, ...], StagedSums
     if list(layers) != sorted(set(layers), key=lambda layer: layer.index):
         raise InvariantError("pipeline ranks hold the same MoE layer, or hold them out of order")
     axis = {"cells": 3, "weight": 2, "probability": 2, "coactivation": 0}
-    widths = {array.shape[-1] for stage in stages for array in (stage.sums.cells,)}
-    if len(widths) > 1:
+    if len({stage.sums.cells.shape[-1] for stage in stages}) > 1:
         raise InvariantError("pipeline ranks hold layers with different numbers of experts")
     joined: dict[str, NDArray[np.int64] | None] = {}
     for name in _FIELDS:
@@ -178,19 +178,12 @@ def to_profile(parts: Sequence[Part]) -> RoutingProfile:
         prompts_sha256="",
         settings={"recorded": "a server, from start to stop", **first.settings},
     )
-    fixed = 2.0**-FIXED_POINT_BITS
-    arrays: dict[str, Any] = sums.arrays()
-    for name in ("weight_sums", "probability_sums"):
-        if name in arrays:
-            arrays[name] = arrays[name] * fixed
-    return RoutingProfile(
-        model=ModelInfo(about["model"], about["architecture"], first.scoring, layers, first.fingerprint),  # type: ignore[arg-type]
-        domains=tuple(names),
-        runs=(run,),
-        created=first.created,
-        version=__version__,
-        **{name: np.ascontiguousarray(array) for name, array in arrays.items()},
+    model = ModelInfo(about["model"], about["architecture"], first.scoring, layers, first.fingerprint)  # type: ignore[arg-type]
+    totals = Totals(
+        model, names, probabilities=sums.probability is not None, coactivation=sums.coactivation is not None
     )
+    totals.add(sums, ())
+    return totals.profile(run)
 
 
 def engine_info(about: Mapping[str, Any]) -> EngineInfo:

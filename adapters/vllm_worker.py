@@ -362,7 +362,7 @@ class WorkerRecorder:
         counted = cells >= 0
         if not counted.any():
             if step.copied is None:
-                recorder.ids[:, : len(cells)].fill_(-1)
+                recorder.poison(len(cells))
             return
         if self._uploaded is None or not np.array_equal(self._uploaded[0], cells):
             self._uploaded = (cells, recorder.upload(cells))
@@ -578,9 +578,8 @@ def _refuse(config: Any) -> None:
         )
     if getattr(parallel, "use_ubatching", False) or getattr(parallel, "enable_dbo", False):
         raise ModelError("micro-batch overlap is not recorded: leave out enable_dbo")
-    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
-        if name.startswith("prefill") and getattr(parallel, name, 1) > 1:
-            raise ModelError(f"context parallelism is not recorded: leave out {name}")
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise ModelError("context parallelism is not recorded: leave out prefill_context_parallel_size")
     if config.speculative_config is not None and config.scheduler_config.async_scheduling:
         raise ModelError(
             "speculative decoding with asynchronous scheduling does not say in time which drafts were kept; set "

@@ -1,11 +1,13 @@
 """Counting choices into sums that stay: the plain torch reference, which the Triton kernels are held against."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from moescope.profiler.profile import FIXED_POINT_BITS
+from moescope.profiler.errors import InvariantError
+from moescope.profiler.profile import FIXED_POINT_BITS, LayerInfo
 from moescope.profiler.tokens import SPLITS
 
 #: What must never be seen in a forward; each is counted by layer on the device and fails the run at the next drain.
@@ -21,6 +23,23 @@ SCALE: Final = float(1 << FIXED_POINT_BITS)
 POISON: Final = -1
 #: Largest routing weight that is believed; fixed-point sums of 2**38 such weights still fit into int64.
 WEIGHT_LIMIT: Final = 4096.0
+
+
+def check_faults(faults: Tensor, layers: Sequence[LayerInfo], what: str = "") -> None:
+    """Assert that no fault was counted; synchronises.
+
+    Args:
+        faults: (4, L) int64; see `FAULTS`.
+        layers: The L layers.
+        what: Words put before the message, e.g. the batch.
+
+    Raises:
+        InvariantError: Naming the layer and the fault.
+    """
+    for fault, counts in zip(FAULTS, faults.tolist(), strict=True):
+        for layer, count in zip(layers, counts, strict=True):
+            if count:
+                raise InvariantError(f"{what}layer {layer.index}: {count:,} {fault}")
 
 
 def to_fixed(values: Tensor) -> Tensor:

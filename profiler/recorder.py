@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moescope.profiler.choices import FAULTS, SCALE
+from moescope.profiler.choices import FAULTS, SCALE, check_faults
 from moescope.profiler.errors import InvariantError
 from moescope.profiler.profile import LayerInfo, Scoring, check_layer
 
@@ -311,10 +311,7 @@ class Recorder:
         Raises:
             InvariantError: In some layer the selections are not k·T, an expert exceeds T, or a fault was counted.
         """
-        for fault, counts in zip(FAULTS, self._faults.tolist(), strict=True):
-            for layer, count in zip(self.layers, counts, strict=True):
-                if count:
-                    raise InvariantError(f"{what}layer {layer.index}: {count:,} {fault}")
+        check_faults(self._faults, self.layers, what)
         tokens = np.asarray(expected, dtype=np.int64)
         sums = GroupSums(
             groups=self._groups,

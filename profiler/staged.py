@@ -16,7 +16,6 @@ from torch import Tensor
 
 from moescope.profiler import choices
 from moescope.profiler.choices import FAULTS, POISON
-from moescope.profiler.errors import InvariantError
 from moescope.profiler.profile import LayerInfo, Scoring, check_layer
 from moescope.profiler.tokens import SPLITS
 
@@ -243,8 +242,12 @@ class StagedRecorder:
         with torch.inference_mode():
             distributions = None if self.distributions is None else self.distributions[:, :sampled].clone()
             copied = Copied(self.ids[:, :rows].clone(), self.weights[:, :rows].clone(), distributions)
-            self.ids[:, :rows].fill_(POISON)
+            self.poison(rows)
         return copied
+
+    def poison(self, rows: int) -> None:
+        """Forget what was staged of a forward that does not count."""
+        self.ids[:, :rows].fill_(POISON)
 
     def warm_up(self) -> None:
         """Compile every kernel, counting nothing."""
@@ -262,10 +265,7 @@ class StagedRecorder:
         Raises:
             InvariantError: In some layer the selections are not k·T, an expert exceeds T, or a fault was counted.
         """
-        for fault, counts in zip(FAULTS, self._faults.tolist(), strict=True):
-            for layer, count in zip(self.layers, counts, strict=True):
-                if count:
-                    raise InvariantError(f"layer {layer.index}: {count:,} {fault}")
+        choices.check_faults(self._faults, self.layers)
         shape = (self.domains, PHASES, SPLITS)
         rest = (len(self.layers), self.experts)
         cells = _fetched(self._counts)
