@@ -51,15 +51,27 @@ class Load:
         self._tagged = tagged
         self._length = length
         self._seed = 0
+        self._steps: list[float] = []
+        step = llm.llm_engine.step
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outputs = step(*args, **kwargs)
+            self._steps.append(time.perf_counter())
+            return outputs
+
+        llm.llm_engine.step = timed
 
     def throughput(self, prompts: int = PROMPTS) -> float:
         """Tokens a second, prompts and generated ones, of one block."""
         seconds = self._generate(prompts, self._length, NEW)
         return prompts * (self._length + NEW) / seconds
 
-    def latency(self, batch: int, new: int) -> float:
-        """Milliseconds a step of one long generation from short prompts, whose prefill is a thousandth of it."""
-        return self._generate(batch, 32, new) / new * 1000
+    def latency(self, batch: int, new: int) -> tuple[float, float]:
+        """Milliseconds between tokens of one long generation: mean, and median of the steps (what a hiccup spares)."""
+        self._steps.clear()
+        self._generate(batch, 32, new)
+        between = np.diff(self._steps)[2:]
+        return 1000 * float(between.mean()), 1000 * float(np.median(between))
 
     def _generate(self, count: int, length: int, new: int) -> float:
         self._seed += 1
@@ -71,7 +83,7 @@ class Load:
 
 
 def _pairs(
-    switch: Callable[[bool], None], measure: Callable[[], float], pairs: int, seed: int, seconds: float = 1e9
+    switch: Callable[[bool], None], measure: Callable[[], Any], pairs: int, seed: int, seconds: float = 1e9
 ) -> dict[str, Any]:
     """On/off blocks in random order, for so many pairs or seconds."""
     rng = np.random.default_rng(seed)
@@ -160,11 +172,13 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
                 break
             load.latency(batch, 16)
             pair = _pairs(switch, lambda b=batch, n=new: load.latency(b, n), options.latency_pairs, batch)  # type: ignore[misc]
-            row(
-                f"inter-token latency, batch {batch}",
-                off_ms=round(float(np.median(pair["off"])), 4),
-                loss_percent=_loss(pair, larger_is_better=False),
-            )
+            for column, kind in enumerate(("mean", "median")):
+                chosen = {state: values[:, column] for state, values in pair.items()}
+                row(
+                    f"inter-token latency, batch {batch}, {kind}",
+                    off_ms=round(float(np.median(chosen["off"])), 4),
+                    loss_percent=_loss(chosen, larger_is_better=False),
+                )
         for name, values in ({} if options.no_profiler else _profiled(engine, load, switch)).items():
             row(f"profiler, {name}", **values)
         pair = _pairs(switch, load.throughput, options.pairs, 5, options.seconds)
@@ -218,7 +232,7 @@ def process(options: argparse.Namespace) -> list[dict[str, Any]]:
     load.throughput()
     load.latency(1, 16)
     throughput = [load.throughput() for _ in range(options.blocks)]
-    latency = {batch: [load.latency(batch, new) for _ in range(10)] for batch, new in ((1, 128), (64, 96))}
+    latency = {batch: [load.latency(batch, new)[1] for _ in range(10)] for batch, new in ((1, 128), (64, 96))}
     kernels = None
     if options.provider != "capture":
         kernels = _trace(llm, lambda: load._generate(1, 32, 16))

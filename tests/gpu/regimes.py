@@ -63,6 +63,13 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3-sleep": _case("qwen3", args={"enable_sleep_mode": True}, sleep=True),
     # model runner V2 of vLLM 0.26 has no capture of its own
     "qwen3-v2": _case("qwen3", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, capture=False),
+    "qwen3-v2-preempt": _case(
+        "qwen3",
+        args={"num_gpu_blocks_override": 60},
+        env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        capture=False,
+        preempted=True,
+    ),
     "deepseek-v2": _case("deepseek", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, capture=False),
     "qwen3-int4": _case("qwen3", {"quantization": "gptq"}, args={"moe_backend": "emulation"}),
     "qwen3-all": _case("qwen3", probabilities="all", coactivation=True),
