@@ -95,6 +95,7 @@ def _pairs(
         for state in rng.permutation([True, False]):
             switch(bool(state))
             (on if state else off).append(measure())
+        print(json.dumps({"pair": len(on), "on": on[-1], "off": off[-1]}), flush=True)
     return {"on": np.array(on), "off": np.array(off)}
 
 
