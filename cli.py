@@ -21,6 +21,8 @@ from moescope.profiler.errors import MoescopeError, OptionError, OutputError
 if TYPE_CHECKING:
     from moescope.profiler.profile import RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
+    from moescope.profiler.sidecars import RouterTables, TokenSample
+    from moescope.stats.similarity import RouterSimilarity
     from moescope.viz.report_data import ReportData
 
 app = typer.Typer(
@@ -216,6 +218,7 @@ def profile(
     from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder
     from moescope.profiler.prompts import read_prompts
     from moescope.profiler.run import Interrupted
+    from moescope.profiler.sidecars import load_sample, save_routers
 
     if model is None:
         _console.print("No --model: profiling the embedded demo model.")
@@ -277,7 +280,12 @@ def profile(
             raise typer.Exit(130) from stop
         weights = opened.router_weights()
         opened.close()
-        _report(done, path, measure, intervals, delta_max, not disable_structured_output, weights)
+        sample = load_sample(path, done.model)
+        data = _report(
+            done, path, measure, intervals, delta_max, not disable_structured_output, weights=weights, sample=sample
+        )
+        if data.router_similarity is not None:
+            save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
     typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
 
 
@@ -299,12 +307,18 @@ def report(
     """
     from moescope.profiler.files import OutputFolder, load_profile
     from moescope.profiler.profile import merge as merge_profiles
+    from moescope.profiler.sidecars import load_routers, load_sample
 
     intervals = _intervals(periodic_intervals)
     loaded = merge_profiles(load_profile(path) for path in profiles)
+    folders = dict.fromkeys(profile.parent for profile in profiles)
+    routers = next(filter(None, (load_routers(folder, loaded.model) for folder in folders)), None)
+    sample = next(filter(None, (load_sample(folder, loaded.model) for folder in folders)), None)
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force):
-        _report(loaded, path, measure, intervals, delta_max, not disable_structured_output, None)
+        _report(
+            loaded, path, measure, intervals, delta_max, not disable_structured_output, routers=routers, sample=sample
+        )
     typer.echo(f"Wrote the report in {path}")
 
 
@@ -375,13 +389,24 @@ def _report(
     intervals: tuple[int, ...] | None,
     delta_max: int,
     structured: bool,
-    weights: Sequence[Any] | None,
-) -> None:
+    *,
+    weights: Sequence[Any] | None = None,
+    routers: "RouterTables | None" = None,
+    sample: "TokenSample | None" = None,
+) -> "ReportData":
     from moescope.viz.analysis import analyze
     from moescope.viz.report import write_report
 
     try:
-        data = analyze(done, measure=measure.value, intervals=intervals, delta_max=delta_max, router_weights=weights)
+        data = analyze(
+            done,
+            measure=measure.value,
+            intervals=intervals,
+            delta_max=delta_max,
+            router_weights=weights,
+            routers=routers,
+            sample=sample,
+        )
     except ValueError as error:
         raise OptionError(f"--measure {measure.value}: {error}") from error
     try:
@@ -389,6 +414,20 @@ def _report(
     except OSError as error:
         raise OutputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
     _print_findings(data)
+    return data
+
+
+def _tables(similarity: "RouterSimilarity", fingerprint: str | None) -> "RouterTables":
+    from moescope.profiler.sidecars import RouterTables
+
+    return RouterTables(
+        layers=similarity.layers,
+        experts=similarity.experts,
+        cosine=similarity.cosine,
+        row_norms=similarity.row_norms,
+        row_cosine=similarity.row_cosine_pairs,
+        fingerprint=fingerprint,
+    )
 
 
 def _print_findings(data: "ReportData") -> None:

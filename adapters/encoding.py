@@ -48,6 +48,13 @@ def _encode_messages(tokenizer: Any, prompt: Prompt, model: str) -> list[int]:
     return [int(token) for token in ids]
 
 
+def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Each token as text of its own; empty strings without a tokenizer."""
+    if tokenizer is None:
+        return [""] * len(token_ids)
+    return [str(tokenizer.decode([int(token)])) for token in token_ids]
+
+
 def first_line(error: BaseException) -> str:
     """Kind and first line of an error."""
     text = str(error).strip()

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from moescope.profiler.demo import model_path
 from moescope.profiler.engine import Engine, Generation
-from moescope.profiler.errors import OptionError
+from moescope.profiler.errors import EngineError, OptionError
 from moescope.profiler.files import OutputFolder
 from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.prompts import Prompt, as_prompts
-from moescope.profiler.run import Progress, run_profile
-from moescope.profiler.tokens import PromptLimits, tokenize_prompts
+from moescope.profiler.run import CHUNK, Progress, run_profile
+from moescope.profiler.sidecars import SAMPLE_TOKENS, TokenSample, choose_layers, save_sample
+from moescope.profiler.tokens import PromptLimits, TokenizedPrompts, tokenize_prompts
 
 #: Prefix of the embedded demo models, as a model's name: "demo:stacked", "demo:control".
 DEMO: Final = "demo:"
@@ -140,6 +143,7 @@ def profile_prompts(
     skip_long: bool = False,
     folder: OutputFolder | None = None,
     resume: bool = False,
+    token_sample: bool = True,
     on_tokenized: Callable[[int, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RoutingProfile:
@@ -154,6 +158,7 @@ def profile_prompts(
         skip_long: Leave longer prompts out rather than refuse the set; how many is in the run's settings.
         folder: Where to keep results, or None.
         resume: Go on with what an interrupted run left in `folder`.
+        token_sample: Keep the distributions of one prompt's first tokens, and their text, beside the profile.
         on_tokenized: Told prompts and tokens so far while tokenising.
         on_progress: Told after each batch.
 
@@ -186,7 +191,7 @@ def profile_prompts(
             progress=on_tokenized,
         ) as tokens,
     ):
-        return run_profile(
+        done = run_profile(
             engine,
             tokens,
             generation,
@@ -199,6 +204,34 @@ def profile_prompts(
             resume=before,
             on_progress=on_progress,
         )
+        if folder is not None and token_sample:
+            _keep_sample(engine, tokens, folder.path)
+        return done
+
+
+def _keep_sample(engine: Engine, prompts: TokenizedPrompts, folder: Path) -> None:
+    """Keep a look at the tokens of one prompt beside the profile: the first that is long enough, or the longest."""
+    lengths = prompts.lengths[:CHUNK]
+    enough = np.flatnonzero(lengths >= SAMPLE_TOKENS)
+    ids = prompts.ids(int(enough[0] if len(enough) else lengths.argmax()))[:SAMPLE_TOKENS]
+    try:
+        seen = engine.distributions(ids)
+    except EngineError:  # everything that was counted is saved; the report says that there is no sample
+        return
+    if seen is None:
+        return
+    model, ids = engine.model, ids[: seen.shape[1]]
+    chosen = choose_layers(len(model.layers))
+    experts = [model.experts[slot] for slot in chosen]
+    sample = TokenSample(
+        layers=tuple(model.layer_indices[slot] for slot in chosen),
+        experts=tuple(experts),
+        token_ids=ids.astype(np.int32),
+        texts=tuple(engine.texts(ids)),
+        probabilities=seen[chosen, :, : max(experts)],
+        fingerprint=model.fingerprint,
+    )
+    save_sample(sample, folder)
 
 
 @contextlib.contextmanager
@@ -227,6 +260,7 @@ def profile(
     output_dir: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
+    token_sample: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
     **options: Any,
 ) -> RoutingProfile:
@@ -255,6 +289,7 @@ def profile(
         output_dir: Folder for `profile.safetensors`, saved as it grows; None keeps nothing on disk.
         force: Write into a folder that already holds results.
         resume: Go on with what an interrupted run left in `output_dir`.
+        token_sample: With `output_dir`, keep the distributions of one prompt's first tokens, and their text, there.
         on_progress: Called after each batch.
         options: Options of the engine; see `moescope.adapters.transformers.load_engine` and
             `moescope.adapters.vllm.VllmEngine`, e.g. `engine_args={"max_model_len": 8192}`.
@@ -294,5 +329,6 @@ def profile(
             skip_long=skip_long,
             folder=folder,
             resume=resume,
+            token_sample=token_sample,
             on_progress=on_progress,
         )

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -11,14 +11,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moescope.adapters.encoding import encode_prompts, first_line
+from moescope.adapters.encoding import encode_prompts, first_line, token_texts
 from moescope.adapters.folders import check_folder
-from moescope.adapters.transformers_hooks import DECODE, PREFILL, Binding, Rows, Watch, bind, family_of, overridden
+from moescope.adapters.transformers_hooks import (
+    DECODE,
+    PREFILL,
+    Binding,
+    MoeLayer,
+    Rows,
+    Watch,
+    bind,
+    family_of,
+    overridden,
+    router_logits,
+)
 from moescope.profiler.engine import Completed, Generation, Request
 from moescope.profiler.errors import ModelError, OptionError
 from moescope.profiler.profile import EngineInfo
 from moescope.profiler.prompts import Prompt
-from moescope.profiler.recorder import Group, Recorder
+from moescope.profiler.recorder import Group, Recorder, router_distribution
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _MAX_PADDED_TOKENS: Final = {"cpu": 4096, "cuda": 32768}
@@ -219,6 +230,33 @@ class TransformersEngine:
     def router_weights(self) -> list[NDArray[np.float32]]:
         """Router weights of each MoE layer, float32 (E, H)."""
         return self.binding.router_weights()
+
+    def distributions(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """The router's full distributions for a short prompt, float32 (L, T, E), zero-padded; counts nothing."""
+        if not self.probabilities:
+            return None
+        layers = self.binding.layers
+        out = np.zeros((len(layers), len(token_ids), max(self.model.experts)), np.float32)
+
+        def hook(slot: int, layer: MoeLayer) -> Callable[..., None]:
+            def keep(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                found = router_distribution(router_logits(layer, output), self.model.scoring)
+                out[slot, :, : layer.info.experts] = found.cpu().numpy()
+
+            return keep
+
+        with contextlib.ExitStack() as stack:
+            for slot, layer in enumerate(layers):
+                stack.callback(layer.router.register_forward_hook(hook(slot, layer)).remove)
+            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(torch.inference_mode())
+            ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self._device)
+            self.binding.body(input_ids=ids, use_cache=False)
+        return out
+
+    def texts(self, token_ids: NDArray[np.int32]) -> list[str]:
+        """Each token as text; empty where there is no tokenizer."""
+        return token_texts(self._tokenizer, token_ids.tolist())
 
     def close(self) -> None:
         """Nothing is held beyond the model."""

@@ -450,11 +450,7 @@ class Watch:
 
     def _router_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
         def keep_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tensors = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
-            found = [part for part in tensors if part.shape[-1] == layer.info.experts]
-            if len(found) != 1:
-                raise ModelError(f"layer {layer.info.index}: its router does not hand over one tensor of logits")
-            self._logits[slot] = found[0].reshape(-1, layer.info.experts)
+            self._logits[slot] = router_logits(layer, output)
 
         return keep_logits
 
@@ -471,6 +467,15 @@ class Watch:
             self._recorder.stage(slot, ids, weights, logits)
 
         return stage
+
+
+def router_logits(layer: MoeLayer, output: Any) -> Tensor:
+    """Raw logits (T, E) among what a layer's router returned."""
+    tensors = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
+    found = [part for part in tensors if part.shape[-1] == layer.info.experts]
+    if len(found) != 1:
+        raise ModelError(f"layer {layer.info.index}: its router does not hand over one tensor of logits")
+    return found[0].reshape(-1, layer.info.experts)
 
 
 def _choices(args: tuple[Any, ...], kwargs: dict[str, Any], layer: MoeLayer) -> tuple[Tensor, Tensor]:

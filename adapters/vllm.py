@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.adapters.encoding import encode_prompts, first_line
+from moescope.adapters.encoding import encode_prompts, first_line, token_texts
 from moescope.adapters.folders import check_folder
 from moescope.adapters.vllm_parts import engine_info, join, load_part
 from moescope.adapters.vllm_plugin import REFUSAL_NAME, install, loads_plugin, supported
@@ -332,6 +332,41 @@ class VllmEngine:
     def router_weights(self) -> list[NDArray[np.float32]]:
         """Router weights of each MoE layer, float32 (E, H)."""
         return [] if self._routers is None else [weight.float().numpy() for weight in self._routers]
+
+    def distributions(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """The router's full distributions for a short prompt, float32 (L, T, E), zero-padded; counts nothing."""
+        from safetensors.numpy import load_file
+        from vllm import SamplingParams
+
+        if not self.probabilities:
+            return None
+        prompt: Any = {"prompt_token_ids": token_ids.tolist()}
+        self._call("show")
+        try:
+            self.llm.generate([prompt], [SamplingParams(max_tokens=1, detokenize=False)], use_tqdm=False)
+        except Exception as error:
+            raise EngineError(f"the vLLM engine failed: {first_line(error)}") from error
+        self._wait_until_settled()
+        places = {index: slot for slot, index in enumerate(self.model.layer_indices)}
+        out = np.zeros((len(places), len(token_ids), max(self.model.experts)), np.float32)
+        seen = np.zeros((len(places), len(token_ids)), bool)
+        for rank in self._call("shown", str(self._folder)):
+            if rank is None:
+                continue
+            found = load_file(rank["path"])
+            os.unlink(rank["path"])
+            for row, index in enumerate(rank["layers"]):
+                values = found["distributions"][row]
+                inside = found["positions"] < len(token_ids)
+                out[places[index], found["positions"][inside], : values.shape[1]] = values[inside]
+                seen[places[index], found["positions"][inside]] = True
+        missing = np.flatnonzero(~np.all(seen, axis=0))
+        tokens = int(missing[0]) if len(missing) else len(token_ids)
+        return out[:, :tokens] if tokens else None
+
+    def texts(self, token_ids: NDArray[np.int32]) -> list[str]:
+        """Each token as text; empty where there is no tokenizer."""
+        return token_texts(self._tokenizer, token_ids.tolist())
 
     def close(self) -> None:
         """Shut the engine down and remove its folder."""

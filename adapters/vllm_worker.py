@@ -112,6 +112,7 @@ class WorkerRecorder:
         self._upcoming: NDArray[np.int64] = np.zeros(0, np.int64)
         self._armed = False
         self._on = settings.serving
+        self._shown: list[tuple[NDArray[np.int64], Tensor]] | None = None
         self._error: str | None = None
         self._requests = 0
         self._skipped = 0
@@ -217,7 +218,10 @@ class WorkerRecorder:
         total = output.total_num_scheduled_tokens
         if total:
             self._make_room()
-            self._upcoming = recorder.choose_sample(total) if self._on else self._upcoming[:0]
+            if self._shown is not None:
+                self._upcoming = recorder.choose_first(total)
+            else:
+                self._upcoming = recorder.choose_sample(total) if self._on else self._upcoming[:0]
 
     def _after(self, output: Any) -> None:
         if self.recorder is None or not self._armed or not hasattr(output, NOTE):
@@ -253,6 +257,9 @@ class WorkerRecorder:
         table.done[slots] = np.maximum(table.done[slots], starts + lengths)
         table.start[slots] = starts + lengths
         drafts = bool(output.scheduled_spec_decode_tokens)
+        if self._shown is not None and self.recorder.distributions is not None:
+            seen = self.recorder.distributions[:, : len(self._upcoming)].cpu()
+            self._shown.append((positions[self._upcoming], seen))
         step = _Step(getattr(output, NOTE).step, rows, positions, cells, drafts, self._upcoming)
         self._steps.append(step)
 
@@ -454,6 +461,23 @@ class WorkerRecorder:
                 arrays[f"{name}:ids"] = np.ascontiguousarray(ids.numpy())
         path = os.path.join(folder, f"verified-{self._name}.safetensors")
         save_file(arrays, path)
+        return {"path": path, "layers": [layer.info.index for layer in self._layers]}
+
+    def show(self) -> None:
+        """Until `shown`, keep the distributions of the rows that are routed, one by one; they are not counted."""
+        self._on = False
+        self._shown = []
+
+    def shown(self, folder: str) -> dict[str, Any] | None:
+        """Write the positions (T,) and distributions (L, T, E) kept since `show`, and keep no more."""
+        from safetensors.torch import save_file
+
+        kept, self._shown = self._shown, None
+        if not kept or not self.rank["writes"] or not self._layers:
+            return None
+        path = os.path.join(folder, f"shown-{self._name}.safetensors")
+        positions = torch.from_numpy(np.concatenate([positions for positions, _ in kept]))
+        save_file({"positions": positions, "distributions": torch.cat([seen for _, seen in kept], dim=1)}, path)
         return {"path": path, "layers": [layer.info.index for layer in self._layers]}
 
     def _part(self) -> Part | None:

@@ -109,6 +109,17 @@ class Engine(Protocol):
         """Router weights (E, H) of each MoE layer."""
         ...
 
+    def distributions(self, token_ids: NDArray[np.int32]) -> NDArray[np.float32] | None:
+        """The router's full distributions for a short prompt, float32 (L, T, E), zero-padded; counts nothing.
+
+        T may be less than the prompt's length; None where the engine does not record distributions.
+        """
+        ...
+
+    def texts(self, token_ids: NDArray[np.int32]) -> list[str]:
+        """Each token as text; empty where there is no tokenizer."""
+        ...
+
     def close(self) -> None:
         """Give back what the engine holds."""
         ...

@@ -191,9 +191,21 @@ class StagedRecorder:
         else:
             count = min(int(self._rng.binomial(rows, self.share)), len(self.sample))
             chosen = np.sort(self._rng.choice(rows, count, replace=False)) if count else np.zeros(0, np.int64)
-        padded = np.full(len(self.sample), POISON, np.int32)
-        padded[: len(chosen)] = chosen
-        self.sample.copy_(_pinned(padded, self.device), non_blocking=True)
+        return self._set_sample(chosen)
+
+    def choose_first(self, rows: int) -> NDArray[np.int64]:
+        """Take the first rows of the next forward rather than a sample: for a look at single tokens.
+
+        Returns:
+            int64 [n], ascending; as many as the buffer holds.
+        """
+        return self._set_sample(np.arange(min(rows, 0 if self.sample is None else len(self.sample))))
+
+    def _set_sample(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.sample is not None:
+            padded = np.full(len(self.sample), POISON, np.int32)
+            padded[: len(chosen)] = chosen
+            self.sample.copy_(_pinned(padded, self.device), non_blocking=True)
         return chosen
 
     def upload(self, cells: NDArray[np.int32]) -> Tensor:

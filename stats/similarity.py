@@ -21,6 +21,7 @@ class RouterSimilarity:
         norm_correlation: (L, Δ) float64, Pearson over experts of the row norms of a layer and the one Δ further on.
             Elsewhere documented as "column norm": the router is stored there as (H, E).
         row_cosine: (L, Δ) float64, mean over experts of the cosine between the same expert's rows.
+        row_cosine_pairs: (L, L) float64, the same for every pair of layers.
         deltas: (Δ,) distances in model layers, 1..delta_max.
         layers: (L,) true model indices.
         experts: (L,) routed experts of each layer.
@@ -30,6 +31,7 @@ class RouterSimilarity:
     row_norms: NDArray[np.float64]
     norm_correlation: NDArray[np.float64]
     row_cosine: NDArray[np.float64]
+    row_cosine_pairs: NDArray[np.float64]
     deltas: tuple[int, ...]
     layers: tuple[int, ...]
     experts: tuple[int, ...]
@@ -71,15 +73,42 @@ def router_similarity(
         stack = np.stack([weights[row] for row in members], dtype=np.float64)
         row_norms[members, : shape[0]], cosine[block], row_cosine[block] = _compare(stack)
 
+    return similarity_at_distances(cosine, row_norms, row_cosine, layers, experts, delta_max)
+
+
+def similarity_at_distances(
+    cosine: NDArray[np.float64],
+    row_norms: NDArray[np.float64],
+    row_cosine: NDArray[np.float64],
+    layers: Sequence[int],
+    experts: Sequence[int],
+    delta_max: int = 30,
+) -> RouterSimilarity:
+    """View routers that were compared before by distance.
+
+    Args:
+        cosine: (L, L) float64, cosine of the flattened weights.
+        row_norms: (L, E) float64, length of each expert's row; padding is NaN.
+        row_cosine: (L, L) float64, mean over experts of the cosine between the same expert's rows.
+        layers: (L,) true model indices, ascending.
+        experts: (L,) routed experts of each layer.
+        delta_max: largest distance, in model layers.
+
+    Raises:
+        ValueError: if `delta_max` is below 1.
+    """
+    if delta_max < 1:
+        raise ValueError(f"delta_max must be at least 1, got {delta_max}")
     deltas = tuple(range(1, delta_max + 1))
     return RouterSimilarity(
         cosine=cosine,
         row_norms=row_norms,
         norm_correlation=by_distance(pairwise_pearson(row_norms, experts), layers, deltas),
         row_cosine=by_distance(row_cosine, layers, deltas),
+        row_cosine_pairs=row_cosine,
         deltas=deltas,
         layers=tuple(int(layer) for layer in layers),
-        experts=experts,
+        experts=tuple(experts),
     )
 
 

@@ -22,7 +22,7 @@ def activation_heatmap(views: Sequence[Activation], subject: str = "") -> go.Fig
     """Experts across, layers downwards, use as colour; the reader switches between the views.
 
     Colour starts at 0 and ends at the 99.5th percentile of the view, so that one busy expert does not darken all
-    others; the hover text gives the value itself and its ratio to uniform use, 1/E of the layer.
+    others; the hover text gives the value itself, and uniform use, 1/E, where all layers have as many experts.
 
     Args:
         views: activations of the same model; the first is shown first.
@@ -43,20 +43,17 @@ def activation_heatmap(views: Sequence[Activation], subject: str = "") -> go.Fig
 def _heatmap(view: Activation) -> go.Heatmap:
     """One view; float32 is more than a colour or a hover text can show and halves the page."""
     finite = view.matrix[np.isfinite(view.matrix)]
-    ratio = view.matrix * np.asarray(view.experts, dtype=np.float64)[:, None]
+    uniform = f"<br>uniform use {1 / view.experts[0]:.3%}" if len(set(view.experts)) == 1 else ""
     name = NAMES[view.kind]
     return go.Heatmap(
         z=view.matrix.astype(np.float32),
         x=np.arange(view.matrix.shape[1]),
         y=theme.layer_labels(view.layers),
-        customdata=ratio.astype(np.float32),
         name=name,
         colorscale=theme.SEQUENTIAL,
         zmin=0.0,
         zmax=float(np.percentile(finite, COLOUR_PERCENTILE)),
         colorbar={"title": {"text": theme.bar_title(name)}, "tickformat": ".2~%"},
         hoverongaps=False,
-        hovertemplate=(
-            f"layer %{{y}}, expert %{{x}}<br>{name} %{{z:.4~%}}<br>%{{customdata:.3~f}} × uniform<extra></extra>"
-        ),
+        hovertemplate=f"layer %{{y}}, expert %{{x}}<br>{name} %{{z:.4~%}}{uniform}<extra></extra>",
     )

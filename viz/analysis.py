@@ -15,11 +15,12 @@ from moescope.stats.activation import (
 )
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.periodicity import default_intervals, periodic_patterns
-from moescope.stats.similarity import router_similarity
-from moescope.viz.report_data import ReportData
+from moescope.stats.similarity import router_similarity, similarity_at_distances
+from moescope.viz.report_data import DomainView, ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
+    from moescope.profiler.sidecars import RouterTables, TokenSample
 
 
 def activations(profile: "RoutingProfile", domain: str | None = None) -> dict[Measure, Activation]:
@@ -61,6 +62,8 @@ def analyze(
     intervals: Sequence[int] | None = None,
     delta_max: int = 30,
     router_weights: Sequence[NDArray[Any]] | None = None,
+    routers: "RouterTables | None" = None,
+    sample: "TokenSample | None" = None,
 ) -> ReportData:
     """Compute what a report shows of a profile.
 
@@ -71,6 +74,8 @@ def analyze(
             every Δ otherwise.
         delta_max: Largest Δ of the correlation matrix.
         router_weights: Router weights (E, H) of each MoE layer, or None if they were not read.
+        routers: Router weights that were compared before, where they are not at hand now.
+        sample: The router's distributions for some tokens, for the 3-D view.
 
     Raises:
         ValueError: The measure was not recorded.
@@ -84,6 +89,12 @@ def analyze(
     reach = max((*chosen, delta_max))
     full = correlation if reach == delta_max else layer_correlation(views[measure], reach)
     counts = profile.selection_counts.sum(axis=(0, 1))
+    similarity = None
+    if router_weights:
+        similarity = router_similarity(router_weights, layers, delta_max)
+    elif routers is not None:
+        tables = (routers.cosine, routers.row_norms, routers.row_cosine)
+        similarity = similarity_at_distances(*tables, routers.layers, routers.experts, delta_max)
     engines = {f"{run.engine.name} on {run.engine.device} in {run.engine.dtype}" for run in profile.runs}
     versions = {run.engine.name: run.engine.version for run in profile.runs}
     versions |= {k: str(v) for run in profile.runs for k, v in run.engine.options.items() if k == "torch"}
@@ -104,10 +115,34 @@ def analyze(
         activations=tuple(views[name] for name in order),
         correlation=correlation,
         periodic=periodic_patterns(full, chosen),
-        router_similarity=None if router_weights is None else router_similarity(router_weights, layers, delta_max),
+        router_similarity=similarity,
         loads=layer_loads(counts, profile.model.top_k, profile.tokens, profile.model.experts, layers),
         remarks=_remarks([run.settings for run in profile.runs]),
+        domains=_by_domain(profile, measure, chosen, delta_max),
+        sample=sample,
     )
+
+
+def _by_domain(
+    profile: "RoutingProfile", measure: Measure, intervals: Sequence[int], delta_max: int
+) -> tuple[DomainView, ...]:
+    """Each domain that has tokens by itself, the one with the most first; none where there is but one."""
+    tokens = dict(zip(profile.domains, profile.token_counts.sum(axis=1).tolist(), strict=True))
+    names = sorted((name for name in tokens if tokens[name]), key=lambda name: (-tokens[name], name))
+    views = []
+    for name in names if len(names) > 1 else ():
+        activation = activations(profile, name)[measure]
+        full = layer_correlation(activation, max((*intervals, delta_max)))
+        views.append(
+            DomainView(
+                name=name,
+                tokens=tokens[name],
+                activation=activation,
+                correlation=full,
+                periodic=periodic_patterns(full, intervals),
+            )
+        )
+    return tuple(views)
 
 
 def _remarks(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -47,10 +47,10 @@ def distance_heatmap(
     shown = [column for column, delta in enumerate(deltas) if delta <= span]
     kept = [deltas[column] for column in shown]
     return go.Heatmap(
-        z=matrix[:, shown],
+        z=matrix[:, shown].astype(np.float32),
         x=kept,
         y=theme.layer_labels(layers),
-        customdata=np.add.outer(np.asarray(layers), np.asarray(kept)),
+        customdata=np.add.outer(np.asarray(layers), np.asarray(kept)).astype(np.int32),
         name=name,
         colorscale=theme.DIVERGING,
         zmin=-limit,

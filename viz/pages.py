@@ -49,7 +49,7 @@ def write_figure(figure: go.Figure, path: Path, title: str) -> None:
         config=CONFIG,
         div_id="figure",
     )
-    _provide_library(path.parent)
+    provide_library(path.parent)
     write_text(path, PAGE.substitute(title=escape(title), figure=div))
 
 
@@ -67,7 +67,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _provide_library(folder: Path) -> None:
+def provide_library(folder: Path) -> None:
     """Put plotly.js into the folder unless this very version is there."""
     library = folder / LIBRARY
     source = get_plotlyjs()

@@ -5,13 +5,18 @@ from pathlib import Path
 
 from moescope.viz.activation import activation_heatmap
 from moescope.viz.correlation import correlation_heatmap
+from moescope.viz.page import write_page
 from moescope.viz.pages import write_figure, write_text
 from moescope.viz.periodicity import periodic_bars, periodic_boxes
 from moescope.viz.report_data import ReportData
+from moescope.viz.report_page import report_page
 from moescope.viz.similarity import router_cosine_heatmap, router_norm_heatmap
 from moescope.viz.structured import analysis_data, analysis_summary
 from moescope.viz.summary import summary_text
+from moescope.viz.surface import activation_surface
 from moescope.viz.wording import subject
+
+PAGE_NAME = "report.html"
 
 
 def write_report(report: ReportData, folder: Path | str, *, structured: bool = True) -> list[Path]:
@@ -37,6 +42,7 @@ def write_report(report: ReportData, folder: Path | str, *, structured: bool = T
         "periodic_pattern_analysis_detailed.html": periodic_boxes(report.periodic, about),
         "router_similarity_matrix.html": router_cosine_heatmap(report.router_similarity, about),
         "router_norm_correlation.html": router_norm_heatmap(report.router_similarity, about),
+        "expert_activation_3d.html": activation_surface(report.sample, about),
     }
     texts = {"summary_report.txt": summary_text(report)}
     if structured:
@@ -47,9 +53,10 @@ def write_report(report: ReportData, folder: Path | str, *, structured: bool = T
     for name, figure in figures.items():
         heading = name.removesuffix(".html").replace("_", " ").capitalize()
         write_figure(figure, folder / name, f"{heading} · {report.model_id}")
+    write_page(report_page(report, figures), folder / PAGE_NAME)
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in (*figures, *texts)]
+    return [folder / name for name in (PAGE_NAME, *figures, *texts)]
 
 
 def _json(data: object, indent: int | None = None) -> str:

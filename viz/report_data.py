@@ -2,11 +2,34 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from moescope.stats.activation import Activation, LayerLoad, Measure
 from moescope.stats.correlation import LayerCorrelation
 from moescope.stats.periodicity import PeriodicPatterns
 from moescope.stats.similarity import RouterSimilarity
+
+if TYPE_CHECKING:  # a hand-over type
+    from moescope.profiler.sidecars import TokenSample
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DomainView:
+    """One domain's part of a profile, in the report's measure.
+
+    Attributes:
+        name: the domain.
+        tokens: its routed tokens.
+        activation: use of the experts.
+        correlation: layer correlation of that.
+        periodic: periodic patterns of that correlation.
+    """
+
+    name: str
+    tokens: int
+    activation: Activation
+    correlation: LayerCorrelation
+    periodic: PeriodicPatterns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +52,8 @@ class ReportData:
         router_similarity: None where router weights were not read.
         loads: one load a MoE layer, in model order.
         remarks: what a reader of the run should know beside its numbers: what was verified, what was left out.
+        domains: each domain by itself; empty where there is but one.
+        sample: the router's distributions for some tokens of one prompt, or None.
     """
 
     model_id: str
@@ -46,6 +71,8 @@ class ReportData:
     router_similarity: RouterSimilarity | None
     loads: tuple[LayerLoad, ...]
     remarks: tuple[str, ...] = ()
+    domains: tuple[DomainView, ...] = ()
+    sample: "TokenSample | None" = None
 
     @property
     def measure(self) -> Measure:

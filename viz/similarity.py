@@ -40,7 +40,7 @@ def router_cosine_heatmap(similarity: RouterSimilarity | None, subject: str = ""
     labels = theme.layer_labels(similarity.layers)
     figure.add_trace(
         go.Heatmap(
-            z=similarity.cosine,
+            z=similarity.cosine.astype(np.float32),
             x=labels,
             y=labels,
             name="cosine",

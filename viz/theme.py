@@ -28,6 +28,20 @@ NO_DATA_COLOUR = "#c6c4c0"
 EMPTY_COLOUR = "#f3f2f0"
 """Behind the sentence of a figure without data."""
 
+DARK_DIVERGING = [(0.0, "#86aeea"), (0.25, "#3f639b"), (0.5, "#1d2129"), (0.75, "#a4662b"), (1.0, "#f2a661")]
+"""The same on a dark page: 0 recedes into the background."""
+
+DARK_COLOURS = {
+    "white": "#14171d",
+    INK: "#e7eaf0",
+    FAINT_INK: "#a3acbd",
+    NEUTRAL_COLOUR: "#626b7c",
+    NO_DATA_COLOUR: "#3b3d43",
+    EMPTY_COLOUR: "#1b1f27",
+    STRONG_COLOUR: "#6f9be6",
+}
+"""What each colour outside a colour map becomes on a dark page."""
+
 FONT_SIZE = 13
 TITLE_SIZE = 20
 MARGIN = {"l": 80, "r": 40, "t": 96, "b": 70}

@@ -1,0 +1,96 @@
+"""What stands out in a profile, in sentences with their numbers."""
+
+from statistics import median
+
+import numpy as np
+
+from moescope.stats.periodicity import MODERATE, STRONG
+from moescope.viz.activation import NAMES
+from moescope.viz.report_data import ReportData
+
+FEW_SELECTIONS = 100
+"""Below so many selections of the median expert a profile's shape is mostly chance: its relative error is about 10%."""
+
+
+def findings(report: ReportData) -> list[str]:
+    """Sentences for the head of a report: periods, load, domains, routers, and how much they can carry."""
+    if not report.tokens:
+        return ["No tokens were routed: there is nothing to find."]
+    found = [_periods(report), _load(report), _routers(report), _amount(report)]
+    return [sentence for sentence in found if sentence]
+
+
+def _periods(report: ReportData) -> str:
+    """The distances whose mean correlation is highest, against all others."""
+    correlation = report.correlation
+    finite = np.isfinite(correlation.matrix)
+    pairs = finite.sum(axis=0)
+    usable = np.flatnonzero(pairs >= 2)
+    if not len(usable):
+        return "No distance is spanned by two comparable pairs of layers: periods cannot be measured."
+    means = np.where(finite, correlation.matrix, 0.0)[:, usable].sum(axis=0) / pairs[usable]
+    order = np.argsort(-means, kind="stable")
+    shown = [(correlation.deltas[usable[i]], float(means[i]), int(pairs[usable[i]])) for i in order]
+    others = [mean for _, mean, _ in shown if mean <= MODERATE]
+    high = [entry for entry in shown if entry[1] > MODERATE]
+    name = NAMES[report.measure]
+    if not high:
+        delta, mean, count = shown[0]
+        return (
+            f"No layer distance stands out in {name}: the highest mean correlation is {mean:+.2f} at Δ = {delta} "
+            f"({count} pairs of layers)."
+        )
+    listed = ", ".join(f"Δ = {delta} ({mean:+.2f} over {count} pairs)" for delta, mean, count in high[:4])
+    more = f" and {len(high) - 4} more" if len(high) > 4 else ""
+    rest = f"; all other distances have at most {max(others):+.2f}" if others else ""
+    strength = "strongly" if high[0][1] > STRONG else "moderately"
+    return (
+        f"Expert use of layers is {strength} correlated at {listed}{more}{rest}. Whether that is more than chance "
+        "needs a null model; see the number of pairs."
+    )
+
+
+def _load(report: ReportData) -> str:
+    loaded = [load for load in report.loads if load.selections]
+    if not loaded:
+        return ""
+    busiest = max(loaded, key=lambda load: load.max_over_mean)
+    dead = sum(len(load.dead_experts) for load in loaded)
+    experts = sum(load.experts for load in loaded)
+    none = "Every expert was chosen at least once" if not dead else f"{dead:,} of {experts:,} experts were never chosen"
+    return (
+        f"{none}. The busiest expert of a layer carries {median(load.max_over_mean for load in loaded):.2f} times the "
+        f"mean load in the median layer, and {busiest.max_over_mean:.2f} times in layer {busiest.layer}."
+    )
+
+
+def _routers(report: ReportData) -> str:
+    similarity = report.router_similarity
+    if similarity is None:
+        return ""
+    finite = np.isfinite(similarity.row_cosine)
+    pairs = finite.sum(axis=0)
+    usable = np.flatnonzero(pairs >= 2)
+    if not len(usable):
+        return ""
+    means = np.where(finite, similarity.row_cosine, 0.0)[:, usable].sum(axis=0) / pairs[usable]
+    best = int(np.argmax(means))
+    return (
+        f"Router rows of the same expert are most alike at Δ = {similarity.deltas[usable[best]]}: mean cosine "
+        f"{means[best]:+.3f}, against {float(np.median(means)):+.3f} at the median distance."
+    )
+
+
+def _amount(report: ReportData) -> str:
+    """How much the counts can carry."""
+    each = [load.selections / load.experts for load in report.loads if load.experts]
+    if not each:
+        return ""
+    mean = min(each)
+    if mean < FEW_SELECTIONS:
+        return (
+            f"This is a short run: {report.tokens:,} tokens give {mean:,.0f} selections an expert on average. Below "
+            f"{FEW_SELECTIONS:,} the noise of counting hides real correlations; profile more prompts before you "
+            "conclude anything."
+        )
+    return f"{report.tokens:,} tokens give {mean:,.0f} selections an expert on average."

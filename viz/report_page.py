@@ -1,0 +1,234 @@
+"""A profile's report as one page."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from moescope.viz import theme
+from moescope.viz.activation import COLOUR_PERCENTILE, NAMES
+from moescope.viz.correlation import correlation_heatmap
+from moescope.viz.findings import findings
+from moescope.viz.load import load_by_layer
+from moescope.viz.page import Page, Section, packed
+from moescope.viz.periodicity import periodic_bars, periodic_boxes
+from moescope.viz.report_data import DomainView, ReportData
+from moescope.viz.wording import by_layer, index_ranges, subject
+
+LOWEST, HIGHEST = 380, 1100
+"""Least and greatest height of a figure with one row a layer, in pixels."""
+ROW = 11
+MOST_DOMAINS = 16
+"""Domains to choose from on the page: those with the most tokens, so that the page stays small."""
+
+
+def report_page(report: ReportData, figures: Mapping[str, go.Figure]) -> Page:
+    """Everything that a report shows, in reading order.
+
+    Args:
+        report: the results.
+        figures: figures by the names of their files.
+    """
+    return Page(
+        title=f"Expert routing of {report.model_id}",
+        subject=subject(report),
+        verdict=_verdict(report),
+        facts=_facts(report),
+        notes=report.remarks,
+        findings=findings(report),
+        sections=_sections(report, figures),
+        domains=[view.name for view in report.domains[:MOST_DOMAINS]],
+        table=_tokens(report),
+        footer=f"moescope {report.versions.get('moescope', '')} · recorded {report.created}",
+    )
+
+
+def _verdict(report: ReportData) -> tuple[bool, str]:
+    if report.violations:
+        return False, f"Counts do NOT add up in layers {index_ranges(report.violations)}: trust no number below."
+    top_k = by_layer([load.top_k for load in report.loads], report.layers)
+    return True, (
+        f"Counts add up: in each of the {len(report.layers)} MoE layers {report.tokens:,} tokens × top-{top_k} "
+        "selections, with the tokens taken from the requests' own lengths."
+    )
+
+
+def _facts(report: ReportData) -> list[tuple[str, str]]:
+    spread = ", ".join(f"{name} {tokens:,}" for name, tokens in report.tokens_by_phase.items())
+    return [
+        ("Model", f"{report.model_id} ({report.architecture}, {report.scoring} router)"),
+        ("Engine", report.engine),
+        ("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
+        ("Experts", by_layer([load.experts for load in report.loads], report.layers)),
+        ("Tokens", f"{report.tokens:,} ({spread})"),
+        ("Prompts", f"{report.prompts:,}"),
+        ("Recorded", report.created),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    ]
+
+
+def _tokens(report: ReportData) -> tuple[str, Sequence[str], Sequence[Sequence[str | int]]]:
+    rows: list[Sequence[str | int]] = [(name, tokens) for name, tokens in report.tokens_by_domain.items()]
+    return "Tokens by domain", ("domain", "tokens"), rows
+
+
+def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Section]:
+    tall = int(np.clip(ROW * len(report.layers) + 160, LOWEST, HIGHEST))
+    heatmap = figures["expert_activation_heatmap.html"]
+    measured = isinstance(heatmap.data[0], go.Heatmap) if heatmap.data else False
+    name = NAMES[report.measure]
+    correlation = figures["layer_correlation_matrix.html"]
+    bars, boxes = figures["periodic_pattern_analysis.html"], figures["periodic_pattern_analysis_detailed.html"]
+    sections = [
+        Section(
+            "activation",
+            "Expert activation",
+            "Each row is a layer, each column an expert: bright experts take more than their share. Colour ends at the "
+            "99.5th percentile; hover for a cell's own value.",
+            heatmap,
+            tall + 40,
+            variants=_variants(report, _activation_patch) if measured else {},
+            page="expert_activation_heatmap.html",
+        ),
+    ]
+    if measured:
+        sections.append(
+            Section(
+                "layer",
+                "One layer, expert by expert",
+                f"The {name} of every expert of the chosen layer; the dashed line is uniform use, 1/E.",
+                _layer_figure(name),
+                360,
+                of="activation",
+                experts=[load.experts for load in report.loads],
+                layers=theme.layer_labels(report.layers),
+            )
+        )
+    sections += [
+        Section(
+            "load",
+            "Expert load by layer",
+            "How many times the mean load the busiest expert of a layer carries; 1 is perfectly even.",
+            load_by_layer(report.loads),
+            340,
+        ),
+        Section(
+            "correlation",
+            "Layer correlation",
+            "Each cell compares the expert use of a layer with that of the layer Δ further on: a bright column means "
+            "that the pattern comes back every Δ layers. Blank cells lie past the end of the model.",
+            correlation,
+            tall,
+            variants=_variants(report, lambda view: _differences(correlation_heatmap(view.correlation), correlation)),
+            page="layer_correlation_matrix.html",
+        ),
+        Section(
+            "periods",
+            "Periodic patterns",
+            "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
+            "pairs share layers, so the bar is a spread, not a confidence interval.",
+            bars,
+            variants=_variants(report, lambda view: _differences(periodic_bars(view.periodic), bars)),
+            page="periodic_pattern_analysis.html",
+        ),
+        Section(
+            "pairs",
+            "Every pair of layers",
+            "The correlations behind each bar above, one point a pair; hover to see which layers.",
+            boxes,
+            variants=_variants(report, lambda view: _differences(periodic_boxes(view.periodic), boxes)),
+            page="periodic_pattern_analysis_detailed.html",
+        ),
+        Section(
+            "routers",
+            "Router similarity",
+            "Cosine of the router weights of two layers: what the weights themselves have in common, whatever the "
+            "prompts were. The colour range is that of the pairs off the diagonal.",
+            figures["router_similarity_matrix.html"],
+            640,
+            page="router_similarity_matrix.html",
+        ),
+        Section(
+            "norms",
+            "Router rows at a distance",
+            "Whether the same experts have long router rows in layers Δ apart; the second view is the mean cosine "
+            "of the rows themselves.",
+            figures["router_norm_correlation.html"],
+            tall + 40,
+            page="router_norm_correlation.html",
+        ),
+        Section(
+            "tokens",
+            "Token by token",
+            "The router's probabilities for the first tokens of one prompt, one surface a layer, stacked; turn it with "
+            "the mouse. Height and colour are the probability.",
+            figures["expert_activation_3d.html"],
+            720,
+            page="expert_activation_3d.html",
+        ),
+    ]
+    return sections
+
+
+def _layer_figure(name: str) -> go.Figure:
+    """The frame of one layer's bars; the page fills it."""
+    figure = theme.new_figure("", "", "Expert index", name)
+    figure.add_trace(
+        go.Bar(
+            x=[],
+            y=[],
+            marker_color=theme.MODERATE_COLOUR,
+            hovertemplate="expert %{x}<br>%{y:.4~%}<br>%{customdata:.3~f} × uniform<extra></extra>",
+        )
+    )
+    figure.update_xaxes(type="category", nticks=33)
+    figure.update_yaxes(tickformat=".2~%", rangemode="tozero")
+    figure.update_layout(
+        bargap=0.15,
+        shapes=[
+            {
+                "type": "line",
+                "xref": "paper",
+                "x0": 0,
+                "x1": 1,
+                "y0": 0,
+                "y1": 0,
+                "line": {"dash": "dash", "width": 1.2, "color": theme.FAINT_INK},
+            }
+        ],
+    )
+    return figure
+
+
+def _variants(report: ReportData, patch: Callable[[DomainView], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A patch for each domain, by its place in the selector."""
+    return {str(place): patch(view) for place, view in enumerate(report.domains[:MOST_DOMAINS])}
+
+
+def _activation_patch(view: DomainView) -> dict[str, Any]:
+    matrix = view.activation.matrix
+    finite = matrix[np.isfinite(matrix)]
+    highest = float(np.percentile(finite, COLOUR_PERCENTILE)) if finite.size else 1.0
+    return {"data": [{"z": packed(matrix), "zmax": highest}], "layout": {"updatemenus": []}}
+
+
+def _differences(figure: go.Figure, base: go.Figure) -> dict[str, Any]:
+    """What a figure of one domain has otherwise than that of all domains."""
+    plain, other = (json.loads(pio.to_json(one, validate=False)) for one in (figure, base))
+    traces = [
+        {
+            name: value
+            for name, value in trace.items()
+            if index >= len(other["data"]) or _differs(other, index, name, value)
+        }
+        for index, trace in enumerate(plain["data"])
+    ]
+    layout = {name: plain["layout"][name] for name in ("xaxis", "yaxis", "annotations") if name in plain["layout"]}
+    return {"data": traces, "layout": layout}
+
+
+def _differs(figure: dict[str, Any], index: int, name: str, value: Any) -> bool:
+    return bool(figure["data"][index].get(name) != value)
