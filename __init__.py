@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import merge as merge
     from moescope.profiler.run import Interrupted as Interrupted
     from moescope.viz.analysis import analyze as analyze
+    from moescope.viz.comparison_data import compare as compare
+    from moescope.viz.comparison_report import write_comparison as write_comparison
     from moescope.viz.report import write_report as write_report
 
 __version__ = "0.1.0"
@@ -23,9 +25,11 @@ _PUBLIC = {
     "MoescopeError": "moescope.profiler.errors",
     "RoutingProfile": "moescope.profiler.profile",
     "analyze": "moescope.viz.analysis",
+    "compare": "moescope.viz.comparison_data",
     "merge": "moescope.profiler.profile",
     "profile": "moescope.adapters.session",
     "record": "moescope.adapters.transformers_record",
+    "write_comparison": "moescope.viz.comparison_report",
     "write_report": "moescope.viz.report",
 }
 

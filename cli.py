@@ -382,6 +382,63 @@ def info(
         typer.echo(f"{name:<11}{value}")
 
 
+@app.command()
+def compare(
+    profiles: Annotated[
+        list[Path], typer.Argument(help="Two profile files or more; the first is the reference of all others.")
+    ],
+    measure: Annotated[MeasureName, typer.Option(help="What is compared.")] = MeasureName.frequency,
+    domain: Annotated[str | None, typer.Option(help="Compare this domain of each profile only.")] = None,
+    by_domain: Annotated[
+        bool, typer.Option("--by-domain", help="Compare each domain of one profile with the rest of it.")
+    ] = False,
+    top: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Experts that moved most to list; the figure shows 20 at most.")
+    ] = 20,
+    labels: Annotated[
+        str | None, typer.Option(help="What to call the profiles, e.g. base,tuned. By default their folders or files.")
+    ] = None,
+    output_dir: OutputDir = None,
+    force: Force = False,
+) -> None:
+    r"""Say where profiles differ, layer by layer and expert by expert, and whether by more than a run's own noise.
+
+    \b
+    Examples:
+      moescope compare base/profile.safetensors tuned/profile.safetensors --labels base,tuned
+      moescope compare monday.safetensors tuesday.safetensors friday.safetensors -o drift
+      moescope compare base/profile.safetensors tuned/profile.safetensors --domain code
+      moescope compare results/profile.safetensors --by-domain
+    """
+    from moescope.profiler.files import PROFILE_NAME, OutputFolder, load_profile
+    from moescope.viz.comparison_data import compare_profiles, distinct_names
+    from moescope.viz.comparison_report import findings, write_comparison
+
+    if by_domain and domain is not None:
+        raise OptionError("--domain and --by-domain exclude each other; choose one domain, or each in turn")
+    if by_domain and len(profiles) > 1:
+        raise OptionError("--by-domain compares the domains of one profile; merge several with `moescope merge` first")
+    if not by_domain and len(profiles) < 2:
+        raise OptionError(
+            f"nothing to compare {profiles[0]} with; name two profiles, or --by-domain to compare its domains"
+        )
+    names = _labels(labels, len(profiles)) or distinct_names(profiles, PROFILE_NAME)
+    loaded = [load_profile(path) for path in profiles]
+    path = output_dir or _new_folder("moescope_compare")
+    with OutputFolder(path, force=force):
+        try:
+            data = compare_profiles(loaded, names, measure=measure.value, domain=domain, by_domain=by_domain, top=top)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
+        try:
+            write_comparison(data, path)
+        except OSError as error:
+            raise OutputError(f"cannot write the comparison into {path}: {error.strerror or error}") from error
+    for line in findings(data):
+        typer.echo(line)
+    typer.echo(f"Wrote the comparison in {path}")
+
+
 def _report(
     done: "RoutingProfile",
     folder: Path,
@@ -456,6 +513,17 @@ def _intervals(text: str | None) -> tuple[int, ...] | None:
     return tuple(dict.fromkeys(values))
 
 
+def _labels(text: str | None, count: int) -> list[str] | None:
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",")]
+    if len(names) != count or len(set(names)) != count or not all(names):
+        raise OptionError(
+            f"--labels {text!r} must be {count} distinct {'name' if count == 1 else 'names, separated by commas'}"
+        )
+    return names
+
+
 def _batch_size(text: str) -> int | None:
     if text == "auto":
         return None
@@ -464,8 +532,8 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-def _new_folder() -> Path:
-    return Path(f"moescope_{datetime.now():%Y%m%d_%H%M%S}")
+def _new_folder(kind: str = "moescope") -> Path:
+    return Path(f"{kind}_{datetime.now():%Y%m%d_%H%M%S}")
 
 
 def _prepare_engine() -> None:

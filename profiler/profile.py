@@ -219,6 +219,36 @@ class RoutingProfile:
         """This profile and `others`, added up; see `merge`."""
         return merge([self, *others])
 
+    def require_same_shape(self, other: "RoutingProfile", name: str, other_name: str) -> None:
+        """Refuse `other` unless it has the same MoE layers with as many experts each; k and weights may differ.
+
+        Args:
+            other: The profile to be compared with this one.
+            name: What the message calls this profile.
+            other_name: What the message calls `other`.
+
+        Raises:
+            ProfileError: Naming both shapes and the first difference.
+        """
+        one, two = self.model, other.model
+        if one.layer_indices == two.layer_indices and one.experts == two.experts:
+            return
+        if len(one.layers) != len(two.layers):
+            why = "the numbers of MoE layers differ"
+        elif one.layer_indices != two.layer_indices:
+            left, right = next((a, b) for a, b in zip(one.layer_indices, two.layer_indices, strict=True) if a != b)
+            why = f"MoE layers have different indices in the model, first {left} and {right}"
+        else:
+            layer, left, right = next(
+                (a.index, a.experts, b.experts)
+                for a, b in zip(one.layers, two.layers, strict=True)
+                if a.experts != b.experts
+            )
+            why = f"layer {layer} has {left} experts in one and {right} in the other"
+        raise ProfileError(
+            f"cannot compare {name} ({_shape_in_words(one)}) with {other_name} ({_shape_in_words(two)}): {why}"
+        )
+
     @classmethod
     def load(cls, path: str) -> "RoutingProfile":
         """Read and check a profile file; see `moescope.profiler.files.load_profile`."""
@@ -231,6 +261,12 @@ class RoutingProfile:
         from moescope.profiler.files import save_profile
 
         save_profile(self, path)
+
+
+def _shape_in_words(model: ModelInfo) -> str:
+    """Layers and experts, e.g. `48 layers × 128 experts`; `6-8` where layers differ."""
+    fewest, most = min(model.experts), max(model.experts)
+    return f"{len(model.layers)} layers × {most if fewest == most else f'{fewest}-{most}'} experts"
 
 
 def axis_sizes(model: ModelInfo, domains: Sequence[str]) -> dict[str, int]:

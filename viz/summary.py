@@ -16,57 +16,57 @@ LABEL = 16
 def summary_text(report: ReportData) -> str:
     """The summary report: model, run, tokens, the count invariant, periodic patterns and load; 100 columns at most."""
     sections = [
-        _section("Model", _model(report)),
-        _section("Run", _run(report)),
-        _section("Tokens", _tokens(report)),
-        _section("Check", _check(report)),
-        _section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
-        _section("Expert load", _load(report)),
+        section("Model", _model(report)),
+        section("Run", _run(report)),
+        section("Tokens", _tokens(report)),
+        section("Check", _check(report)),
+        section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
+        section("Expert load", _load(report)),
     ]
     return "\n".join(["moescope summary", "=" * len("moescope summary"), "", "\n\n".join(sections), ""])
 
 
-def _section(title: str, lines: Iterable[str]) -> str:
+def section(title: str, lines: Iterable[str]) -> str:
     """A titled block."""
     return "\n".join([title, "-" * len(title), *lines])
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text on one line: control characters become spaces."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
-def _clip(text: str, width: int) -> str:
+def clip(text: str, width: int) -> str:
     """The text, cut with an ellipsis if it is wider."""
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def _field(label: str, value: str) -> list[str]:
+def field(label: str, value: str) -> list[str]:
     """A label and its value, wrapped under itself."""
-    lines = wrap(_printable(value), WIDTH - LABEL, break_on_hyphens=False) or ["-"]
+    lines = wrap(printable(value), WIDTH - LABEL, break_on_hyphens=False) or ["-"]
     return [f"{label:<{LABEL}}{lines[0]}", *(f"{'':<{LABEL}}{line}" for line in lines[1:])]
 
 
 def _model(report: ReportData) -> list[str]:
     """What was measured."""
     return [
-        *_field("id", report.model_id),
-        *_field("architecture", report.architecture),
-        *_field("scoring", report.scoring),
-        *_field("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
-        *_field("experts", by_layer([load.experts for load in report.loads], report.layers)),
-        *_field("top-k", by_layer([load.top_k for load in report.loads], report.layers)),
+        *field("id", report.model_id),
+        *field("architecture", report.architecture),
+        *field("scoring", report.scoring),
+        *field("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
+        *field("experts", by_layer([load.experts for load in report.loads], report.layers)),
+        *field("top-k", by_layer([load.top_k for load in report.loads], report.layers)),
     ]
 
 
 def _run(report: ReportData) -> list[str]:
     """How it was measured."""
     return [
-        *_field("engine", report.engine),
-        *_field("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        *_field("recorded", report.created),
-        *_field("prompts", f"{report.prompts:,}"),
-        *(line for remark in report.remarks for line in _field("remark", remark)),
+        *field("engine", report.engine),
+        *field("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        *field("recorded", report.created),
+        *field("prompts", f"{report.prompts:,}"),
+        *(line for remark in report.remarks for line in field("remark", remark)),
     ]
 
 
@@ -75,10 +75,10 @@ def _tokens(report: ReportData) -> list[str]:
     parts = [
         ("total", report.tokens),
         *((f"  {phase}", tokens) for phase, tokens in report.tokens_by_phase.items()),
-        *((f"  domain {_printable(domain)}", tokens) for domain, tokens in report.tokens_by_domain.items()),
+        *((f"  domain {printable(domain)}", tokens) for domain, tokens in report.tokens_by_domain.items()),
     ]
     return [
-        f"{_clip(name, 48):<48}{tokens:>16,}" + (f"{tokens / report.tokens:>9.1%}" if report.tokens else "")
+        f"{clip(name, 48):<48}{tokens:>16,}" + (f"{tokens / report.tokens:>9.1%}" if report.tokens else "")
         for name, tokens in parts
     ]
 
@@ -88,7 +88,7 @@ def _check(report: ReportData) -> list[str]:
     if not report.violations:
         return ["selection counts sum to k·T in every layer: yes"]
     lines = ["selection counts sum to k·T in every layer: NO - do not trust the numbers below"]
-    return lines + _field("layers at fault", index_ranges(report.violations))
+    return lines + field("layers at fault", index_ranges(report.violations))
 
 
 def _patterns(report: ReportData) -> list[str]:
@@ -112,8 +112,8 @@ def _load(report: ReportData) -> list[str]:
     dead = sum(len(load.dead_experts) for load in loaded)
     uneven = max(loaded, key=lambda load: load.max_over_mean)
     return [
-        *_field("dead experts", f"{dead:,} of {sum(load.experts for load in loaded):,} were never selected"),
-        *_field(
+        *field("dead experts", f"{dead:,} of {sum(load.experts for load in loaded):,} were never selected"),
+        *field(
             "load max/mean",
             f"median {median(load.max_over_mean for load in loaded):.2f}, "
             f"highest {uneven.max_over_mean:.2f} in layer {uneven.layer}",
@@ -128,4 +128,4 @@ def _load_line(load: LayerLoad) -> str:
     """One row of the load table."""
     ratio = f"{load.max_over_mean:.2f}" if load.selections else "-"
     row = f"{load.layer:>7}{load.experts:>9}{ratio:>10}{len(load.dead_experts):>6}"
-    return _clip(f"{row}  {index_ranges(load.dead_experts)}", WIDTH).rstrip()
+    return clip(f"{row}  {index_ranges(load.dead_experts)}", WIDTH).rstrip()

@@ -21,6 +21,8 @@ STRONG_COLOUR = "#19448e"
 MODERATE_COLOUR = "#7d8db8"
 WEAK_COLOUR = "#c49fbb"
 NEUTRAL_COLOUR = "#9aa3b2"
+LINE_COLOURS = (STRONG_COLOUR, "#b85c12", "#8f4f86", "#3f7f78", MODERATE_COLOUR, "#5a6375")
+"""Lines side by side in one plot."""
 INK = "#1f2633"
 FAINT_INK = "#5a6375"
 NO_DATA_COLOUR = "#c6c4c0"
@@ -47,6 +49,8 @@ TITLE_SIZE = 20
 MARGIN = {"l": 80, "r": 40, "t": 96, "b": 70}
 BUTTON_ROW = 40
 """Height in pixels of a row of view buttons between title and plot."""
+MOST_BUTTONS = 6
+"""More views than this are chosen from a list that opens."""
 
 LONGEST_SUBJECT = 110
 
@@ -141,26 +145,41 @@ def say_no_data(figure: go.Figure, reason: str) -> go.Figure:
     return figure
 
 
-def add_view_buttons(figure: go.Figure, labels: Sequence[str]) -> None:
-    """Let the reader switch between the figure's traces, one view each; does nothing for a single view."""
+def add_view_buttons(
+    figure: go.Figure, labels: Sequence[str], *, traces_each: int = 1, y_titles: Sequence[str] | None = None
+) -> None:
+    """Let the reader switch between views of the figure; does nothing for a single view.
+
+    Many or long labels become a list that opens, so that they do not run out of the page.
+
+    Args:
+        figure: its traces, view after view.
+        labels: one a view; markup allowed.
+        traces_each: traces of each view.
+        y_titles: title of the vertical axis in each view, if it changes; markup allowed.
+    """
     for index, trace in enumerate(figure.data):
-        trace.visible = index == 0
+        trace.visible = index < traces_each
     if len(labels) < 2:
         return
     buttons = [
         {
             "label": label,
-            "method": "restyle",
-            "args": [{"visible": [other == index for other in range(len(labels))]}],
+            "method": "restyle" if y_titles is None else "update",
+            "args": [
+                {"visible": [other == index for other in range(len(labels)) for _ in range(traces_each)]},
+                *([] if y_titles is None else [{"yaxis.title.text": y_titles[index]}]),
+            ],
         }
         for index, label in enumerate(labels)
     ]
+    in_a_row = len(labels) <= MOST_BUTTONS and sum(map(len, labels)) <= LONGEST_SUBJECT
     figure.update_layout(
         margin_t=MARGIN["t"] + BUTTON_ROW,
         updatemenus=[
             {
-                "type": "buttons",
-                "direction": "right",
+                "type": "buttons" if in_a_row else "dropdown",
+                "direction": "right" if in_a_row else "down",
                 "buttons": buttons,
                 "x": 0.0,
                 "xanchor": "left",
