@@ -116,7 +116,9 @@ def profile(
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text, .txt (one document), .jsonl, .csv, or - for standard input. Without: the embedded prompt set."
+            help="Text, .txt (one document), .jsonl, .json (a list, ShareGPT's too), .csv, .parquet, "
+            "hf:NAME[:[CONFIG:]SPLIT] (a dataset of the hub or of a folder), or - for standard input. "
+            "Without: the embedded prompt set."
         ),
     ] = None,
     model: Annotated[
@@ -198,6 +200,7 @@ def profile(
       moescope profile                                            the embedded demo
       moescope profile --model demo:control                       its control
       moescope profile prompts.jsonl --model Qwen/Qwen3-30B-A3B
+      moescope profile hf:openai/gsm8k:main:test --prompt-field question -m Qwen/Qwen3-30B-A3B --limit 100
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
       moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
@@ -225,7 +228,10 @@ def profile(
     if not prompts:
         _console.print("No prompts: using the embedded prompt set.")
     sources = prompts or [str(prompts_path())]
-    items = read_prompts(sources, prompt_field=prompt_field, domain_field=domain_field, limit=limit)
+    left_out: list[str] = []
+    items = read_prompts(
+        sources, prompt_field=prompt_field, domain_field=domain_field, limit=limit, left_out=left_out.append
+    )
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force, resume=resume) as folder:
         with _console.status("Loading the model …"):
@@ -278,6 +284,11 @@ def profile(
             else:
                 _console.print("Interrupted before the first batch was done; nothing was kept.")
             raise typer.Exit(130) from stop
+        if left_out:
+            _console.print(
+                f"Left out {len(left_out):,} conversation{'s' * (len(left_out) > 1)} without a turn of the user "
+                f"(first: {left_out[0]})."
+            )
         weights = opened.router_weights()
         opened.close()
         sample = load_sample(path, done.model)

@@ -9,25 +9,44 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from moescope.profiler.errors import OptionError, PromptError
+from moescope.profiler.prompt_forms import (
+    HUB_PREFIX,
+    NoQuestion,
+    Record,
+    conversation_messages,
+    hub_records,
+    imported,
+    is_conversation,
+    json_records,
+    parquet_records,
+)
+from moescope.profiler.prompt_parts import (
+    MAX_BYTES,
+    OTHER_FIELDS,
+    PROMPT_FIELDS,
+    TOO_LONG,
+    Fields,
+    check_columns,
+    decoded,
+    kind,
+    listed,
+    reading,
+    shown,
+)
 
 DEFAULT_DOMAIN = "default"
-MAX_BYTES = 16 * 2**20
-"""Longest line, CSV record and text document, in bytes with the line ending."""
 MAX_DOMAIN_CHARACTERS = 200
 TOKEN_ID_END = 2**31
 
-_PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 _TEXT_FIELDS = ("prompt", "text")
 _BLANK = b" \t\r\n\v\f" + codecs.BOM_UTF8
 _CONTROL = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode: controls, surrogates, line and paragraph separators
-_TOO_LONG = f"longer than {MAX_BYTES // 2**20} MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +96,6 @@ class Prompt:
         return sum(map(len, _strings(self.messages)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """Names of a record's fields; None looks for the usual ones."""
-
-    prompt: str | None = None
-    domain: str | None = None
-
-
 def read_prompts(
     sources: Sequence[str],
     *,
@@ -92,20 +103,25 @@ def read_prompts(
     domain_field: str | None = None,
     limit: int | None = None,
     stdin: BinaryIO | None = None,
+    left_out: Callable[[str], None] | None = None,
 ) -> Iterator[Prompt]:
     """Prompts of text, files and standard input, in order.
 
-    The sources are looked at when this is called, and read as the iterator is: no file is held in memory.
+    The sources are looked at when this is called, and read as the iterator is: no file or dataset is held in memory.
 
     Args:
-        sources: Text; files that `READERS` knows by their suffix; `-` for standard input, which is JSONL where its
-            first line that is not blank starts with `{`, and one text document otherwise. A name that has such a
-            suffix, or a path separator and no white space, must exist.
-        prompt_field: Field of JSONL and CSV that holds the prompt. Without it `prompt`, `messages` or
-            `prompt_token_ids`, or else `text`.
+        sources: Text; files that `READERS` knows by their suffix; `hf:NAME`, `hf:NAME:SPLIT` or
+            `hf:NAME:CONFIG:SPLIT` for a dataset of the hub or of a folder; `-` for standard input, which is JSONL
+            where its first line that is not blank starts with `{`, and one text document otherwise. A name that has
+            such a suffix, or a path separator and no white space, must exist.
+        prompt_field: Field or column that holds the prompt. Without it `prompt`, `messages` or `prompt_token_ids`, or
+            else `conversations` or `text`. Turns of ShareGPT's form (`from`, `value`) become messages, all up to the
+            last of the user or of a tool; the answers recorded after it are dropped.
         domain_field: Field that holds the domain. Without it `domain`, where there is one.
         limit: Stop after so many prompts.
         stdin: Read for `-`; the process's own by default. Need not be seekable.
+        left_out: Told the place of each conversation of ShareGPT's form that has no turn of the user, which is left
+            out. Without this, such a conversation is refused.
 
     Raises:
         PromptError: A source cannot be read or a prompt cannot be used.
@@ -114,10 +130,10 @@ def read_prompts(
     if limit is not None and limit < 1:
         raise OptionError(f"--limit must be at least 1, not {limit}")
     if not sources:
-        raise PromptError(f"no prompts: give text, files ({_known_suffixes()}) or - for standard input")
+        raise PromptError(f"no prompts: give text, files ({_known_suffixes()}), hf:NAME or - for standard input")
     if list(sources).count("-") > 1:
         raise PromptError("- (standard input) is given more than once; it can be read only once")
-    fields = _Fields(prompt_field, domain_field)
+    fields = Fields(prompt_field, domain_field, left_out)
     streams = [_source_prompts(source, number, fields, stdin) for number, source in enumerate(sources, 1)]
     return itertools.islice(itertools.chain.from_iterable(streams), limit)
 
@@ -142,24 +158,28 @@ def _as_prompt(item: Any, where: str) -> Prompt:
         case str():
             return Prompt(text=item, source=where)
         case Mapping():
-            return _record_prompt(item, _Fields(), where)
+            return _record_prompt(item, Fields(), where)
     raise PromptError(f"{where} must be text, a mapping or a Prompt, not {type(item).__name__}")
 
 
 # Sources
 
 
-def _source_prompts(source: str, number: int, fields: _Fields, stdin: BinaryIO | None) -> Iterator[Prompt]:
+def _source_prompts(source: str, number: int, fields: Fields, stdin: BinaryIO | None) -> Iterator[Prompt]:
     if source == "-":
         return _stdin_prompts(stdin or sys.stdin.buffer, fields)
+    if source.startswith(HUB_PREFIX) and not source[len(HUB_PREFIX) :][:1].isspace():
+        return _records_prompts(hub_records(source, shown(source), fields), fields)
     suffix = os.path.splitext(source)[1].lower()
     if not _names_file(source, suffix):
         return iter([Prompt(text=source, source=f"prompt argument {number}")])
     if os.path.isdir(source):
-        raise PromptError(f"{_shown(source)} is a directory; name a file in it ({_known_suffixes()})")
+        raise PromptError(f"{shown(source)} is a directory; name a file in it ({_known_suffixes()})")
     if suffix not in READERS:
         found = f"an unknown suffix {suffix}" if suffix else "no suffix"
-        raise PromptError(f"{_shown(source)} has {found}; prompt files are {_known_suffixes()}")
+        raise PromptError(f"{shown(source)} has {found}; prompt files are {_known_suffixes()}")
+    if suffix == ".parquet":
+        imported("pyarrow", "parquet", shown(source))  # said before a model is loaded
     return _file_prompts(source, READERS[suffix], fields)
 
 
@@ -174,20 +194,20 @@ def _names_file(source: str, suffix: str) -> bool:
         return looks_like_path  # opening it says what is wrong
     except (OSError, ValueError):
         if looks_like_path:
-            raise PromptError(f"No such file: {_shown(source)}") from None
+            raise PromptError(f"No such file: {shown(source)}") from None
         return False
     return True
 
 
-def _file_prompts(path: str, reader: "Reader", fields: _Fields) -> Iterator[Prompt]:
-    with _reading(_shown(path)), open(path, "rb") as stream:
-        yield from reader(stream, _shown(path), fields)
+def _file_prompts(path: str, reader: "Reader", fields: Fields) -> Iterator[Prompt]:
+    with reading(shown(path)), open(path, "rb") as stream:
+        yield from reader(stream, shown(path), fields)
 
 
-def _stdin_prompts(stream: BinaryIO, fields: _Fields) -> Iterator[Prompt]:
+def _stdin_prompts(stream: BinaryIO, fields: Fields) -> Iterator[Prompt]:
     name = "standard input"
     head, line = bytearray(), b""
-    with _reading(name):
+    with reading(name):
         while not line.strip(_BLANK) and len(head) <= MAX_BYTES:
             line = stream.readline(MAX_BYTES + 1)  # whole, or too long for either reader
             if not line:
@@ -199,31 +219,27 @@ def _stdin_prompts(stream: BinaryIO, fields: _Fields) -> Iterator[Prompt]:
             yield from _text_prompts(stream, name, fields, bytes(head))
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PromptError(f"{name} cannot be read: {error.strerror or error}") from error
-
-
 # Readers: an open file, its name and the fields to prompts. A new format is one more function and one entry in READERS.
 
 
-def _text_prompts(stream: BinaryIO, name: str, fields: _Fields, head: bytes = b"") -> Iterator[Prompt]:
+def _text_prompts(stream: BinaryIO, name: str, fields: Fields, head: bytes = b"") -> Iterator[Prompt]:
     """The one document; a final line ending is the file's, not the document's."""
     document = bytearray(head)
     while len(document) <= MAX_BYTES and (chunk := stream.read(MAX_BYTES + 1 - len(document))):
         document += chunk
     if len(document) > MAX_BYTES:
-        raise PromptError(f"{name}: the text is {_TOO_LONG}; split it, or make it a .jsonl file with many prompts")
-    text = _decoded(bytes(document), name)
+        raise PromptError(f"{name}: the text is {TOO_LONG}; split it, or make it a .jsonl file with many prompts")
+    text = decoded(bytes(document), name)
     if not text.strip():
         raise PromptError(f"{name} is empty; it must hold text")
     yield Prompt(text=text.removesuffix("\n").removesuffix("\r"), source=name)
 
 
-def _jsonl_prompts(stream: BinaryIO, name: str, fields: _Fields, head: bytes = b"") -> Iterator[Prompt]:
+def _jsonl_prompts(stream: BinaryIO, name: str, fields: Fields, head: bytes = b"") -> Iterator[Prompt]:
+    return _records_prompts(_jsonl_records(stream, name, head), fields)
+
+
+def _jsonl_records(stream: BinaryIO, name: str, head: bytes) -> Iterator[Record]:
     empty = True
     for number, line in _lines(stream, name, head):
         if not line.strip():
@@ -232,13 +248,13 @@ def _jsonl_prompts(stream: BinaryIO, name: str, fields: _Fields, head: bytes = b
         where = f"{name}, line {number}"
         record = _parsed(line, where)
         if not isinstance(record, dict):
-            raise PromptError(f'{where}: {_kind(record)}, but a line must be a JSON object such as {{"prompt": "…"}}')
-        yield _record_prompt(record, fields, where)
+            raise PromptError(f'{where}: {kind(record)}, but a line must be a JSON object such as {{"prompt": "…"}}')
+        yield where, record
     if empty:
         raise PromptError(f"{name} is empty; it must hold one JSON object in each line")
 
 
-def _csv_prompts(stream: BinaryIO, name: str, fields: _Fields) -> Iterator[Prompt]:
+def _csv_prompts(stream: BinaryIO, name: str, fields: Fields) -> Iterator[Prompt]:
     rows = _csv_rows(stream, name)
     _, header = next(rows, (0, None))
     if header is None:
@@ -247,12 +263,10 @@ def _csv_prompts(stream: BinaryIO, name: str, fields: _Fields) -> Iterator[Promp
     prompt_field = fields.prompt or next((field for field in _TEXT_FIELDS if field in header), None)
     if prompt_field is None:
         raise PromptError(
-            f"{name} has no column 'prompt' or 'text' but {_listed(header)}; "
+            f"{name} has no column 'prompt' or 'text' but {listed(header)}; "
             "it needs a header row, separated by commas, or --prompt-field with one of these columns"
         )
-    for column, option in ((prompt_field, "--prompt-field"), (fields.domain, "--domain-field")):
-        if column is not None and column not in header:
-            raise PromptError(f"{name} has no column {column!r} but {_listed(header)}; name one with {option}")
+    check_columns(header, Fields(prompt_field, fields.domain), name)
     for column in (prompt_field, fields.domain or "domain"):
         if header.count(column) > 1:
             raise PromptError(f"{name} has more than one column {column!r}; rename all but one")
@@ -265,13 +279,27 @@ def _csv_prompts(stream: BinaryIO, name: str, fields: _Fields) -> Iterator[Promp
                 "put fields that hold commas or line breaks in double quotes"
             )
         record = dict(zip(header, row, strict=True))
-        yield _record_prompt(record, _Fields(prompt_field, fields.domain), f"{name}, line {number}")
+        yield _record_prompt(record, Fields(prompt_field, fields.domain), f"{name}, line {number}")
     if empty:
         raise PromptError(f"{name} holds a header row but no prompts; it must hold one prompt in each row")
 
 
-Reader = Callable[[BinaryIO, str, _Fields], Iterator[Prompt]]
-READERS: dict[str, Reader] = {".txt": _text_prompts, ".jsonl": _jsonl_prompts, ".csv": _csv_prompts}
+def _json_prompts(stream: BinaryIO, name: str, fields: Fields) -> Iterator[Prompt]:
+    return _records_prompts(json_records(stream, name), fields)
+
+
+def _parquet_prompts(stream: BinaryIO, name: str, fields: Fields) -> Iterator[Prompt]:
+    return _records_prompts(parquet_records(stream, name, fields), fields)
+
+
+Reader = Callable[[BinaryIO, str, Fields], Iterator[Prompt]]
+READERS: dict[str, Reader] = {
+    ".txt": _text_prompts,
+    ".jsonl": _jsonl_prompts,
+    ".json": _json_prompts,
+    ".csv": _csv_prompts,
+    ".parquet": _parquet_prompts,
+}
 """Readers by the suffix of the files they read, in lower case."""
 
 
@@ -280,23 +308,8 @@ def _lines(stream: BinaryIO, name: str, head: bytes = b"") -> Iterator[tuple[int
     rest = iter(lambda: stream.readline(MAX_BYTES + 1), b"")
     for number, line in enumerate(itertools.chain(io.BytesIO(head), rest), 1):
         if len(line) > MAX_BYTES:
-            raise PromptError(f"{name}, line {number} is {_TOO_LONG}; split it into several prompts")
-        yield number, _decoded(line, name, number)
-
-
-def _decoded(data: bytes, name: str, line: int = 1) -> str:
-    """Text of UTF-8 bytes that start at a line, without the byte order mark of the first."""
-    try:
-        text = data.decode()
-        wrong = data.find(b"\0")
-    except UnicodeDecodeError as error:
-        text, wrong = "", error.start
-    if wrong >= 0:
-        line += data.count(b"\n", 0, wrong)
-        byte = wrong - data.rfind(b"\n", 0, wrong)
-        what = f"0x{data[wrong]:02x}, which is not UTF-8" if data[wrong] else "NUL, which no text holds"
-        raise PromptError(f"{name}, line {line}: byte {byte} is {what}; save it as UTF-8 text")
-    return text.removeprefix("\ufeff") if line == 1 else text
+            raise PromptError(f"{name}, line {number} is {TOO_LONG}; split it into several prompts")
+        yield number, decoded(line, name, number)
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -334,7 +347,7 @@ class _RecordLines:
         self._number, line = next(self._lines)
         self._size += len(line)
         if self._size > MAX_BYTES:
-            raise PromptError(f"{self._name}, line {self.start}: the record is {_TOO_LONG}; is a quote left open?")
+            raise PromptError(f"{self._name}, line {self.start}: the record is {TOO_LONG}; is a quote left open?")
         return line
 
 
@@ -363,61 +376,75 @@ def _csv_rows(stream: BinaryIO, name: str) -> Iterator[tuple[int, list[str]]]:
 # Records
 
 
-def _record_prompt(record: Mapping[str, Any], fields: _Fields, where: str) -> Prompt:
+def _records_prompts(records: Iterator[Record], fields: Fields) -> Iterator[Prompt]:
+    for where, record in records:
+        try:
+            prompt = _record_prompt(record, fields, where)
+        except NoQuestion:
+            if fields.left_out is None:
+                raise
+            fields.left_out(where)
+        else:
+            yield prompt
+
+
+def _record_prompt(record: Mapping[str, Any], fields: Fields, where: str) -> Prompt:
     """A prompt from a record's fields. The field says what it holds, or else its value's shape does."""
     field = _prompt_field(record, fields, where)
     domain = _record_domain(record, fields, where)
     value = record[field]
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    listed = isinstance(value, list | tuple)
-    if field == "messages":
-        if not listed:
-            raise PromptError(f"{where}: {field!r} must be a list of messages, not {_kind(value)}")
+    is_list = isinstance(value, list | tuple)
+    if is_list and (is_conversation(value) or (field == "conversations" and not value)):
+        return Prompt(messages=conversation_messages(value, where), domain=domain, source=where)
+    if field in ("messages", "conversations"):
+        if not is_list:
+            raise PromptError(f"{where}: {field!r} must be a list of messages, not {kind(value)}")
         return Prompt(messages=tuple(value), domain=domain, source=where)
     if field == "prompt_token_ids":
-        if not listed:
-            raise PromptError(f"{where}: {field!r} must be a list of token ids, not {_kind(value)}")
+        if not is_list:
+            raise PromptError(f"{where}: {field!r} must be a list of token ids, not {kind(value)}")
         return Prompt(token_ids=tuple(value), domain=domain, source=where)
     if isinstance(value, str):
         return Prompt(text=value, domain=domain, source=where)
-    if listed and value and isinstance(value[0], Mapping):
+    if is_list and value and isinstance(value[0], Mapping):
         return Prompt(messages=tuple(value), domain=domain, source=where)
-    if listed and value and isinstance(value[0], int | np.integer):
+    if is_list and value and isinstance(value[0], int | np.integer):
         return Prompt(token_ids=tuple(value), domain=domain, source=where)
-    kind = "a list of something else" if listed and value else _kind(value)
-    raise PromptError(f"{where}: {field!r} must be text, a list of messages or a list of token ids, not {kind}")
+    what = "a list of something else" if is_list and value else kind(value)
+    raise PromptError(f"{where}: {field!r} must be text, a list of messages or a list of token ids, not {what}")
 
 
-def _prompt_field(record: Mapping[str, Any], fields: _Fields, where: str) -> str:
+def _prompt_field(record: Mapping[str, Any], fields: Fields, where: str) -> str:
     """The field that holds the prompt; null counts as absent."""
     if fields.prompt is not None:
         if record.get(fields.prompt) is None:
             state = "is null" if fields.prompt in record else "is missing"
             raise PromptError(
-                f"{where}: the prompt's field {fields.prompt!r} {state}; there is {_listed(record)}; "
+                f"{where}: the prompt's field {fields.prompt!r} {state}; there is {listed(record)}; "
                 "name one with --prompt-field"
             )
         return fields.prompt
-    found = [field for field in _PROMPT_FIELDS if record.get(field) is not None]
+    found = [field for field in PROMPT_FIELDS if record.get(field) is not None]
     if len(found) > 1:
-        raise PromptError(f"{where}: more than one prompt ({_listed(found)}); keep one or name it with --prompt-field")
+        raise PromptError(f"{where}: more than one prompt ({listed(found)}); keep one or name it with --prompt-field")
     if found:
         return found[0]
-    if record.get("text") is not None:
-        return "text"
+    for field in OTHER_FIELDS:
+        if record.get(field) is not None:
+            return field
     raise PromptError(
-        f"{where}: no 'prompt', 'messages' or 'prompt_token_ids' but {_listed(record)}; "
+        f"{where}: no 'prompt', 'messages' or 'prompt_token_ids' but {listed(record)}; "
         "name the prompt's field with --prompt-field"
     )
 
 
-def _record_domain(record: Mapping[str, Any], fields: _Fields, where: str) -> str:
+def _record_domain(record: Mapping[str, Any], fields: Fields, where: str) -> str:
     field = fields.domain or "domain"
     if fields.domain is not None and field not in record:
         raise PromptError(
-            f"{where}: the domain's field {field!r} is missing; there is {_listed(record)}; "
-            "name one with --domain-field"
+            f"{where}: the domain's field {field!r} is missing; there is {listed(record)}; name one with --domain-field"
         )
     value = record.get(field)
     if value is None:
@@ -425,7 +452,7 @@ def _record_domain(record: Mapping[str, Any], fields: _Fields, where: str) -> st
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(value)  # class labels
     if not isinstance(value, str):
-        raise PromptError(f"{where}: the domain {field!r} must be text, not {_kind(value)}")
+        raise PromptError(f"{where}: the domain {field!r} must be text, not {kind(value)}")
     return value
 
 
@@ -465,7 +492,7 @@ def _check_messages(messages: Sequence[Any], where: str) -> None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise PromptError(
-                f"{where}: message {number} must be an object with 'role' and 'content', not {_kind(message)}"
+                f"{where}: message {number} must be an object with 'role' and 'content', not {kind(message)}"
             )
         if not isinstance(message.get("role"), str) or not message["role"].strip():
             raise PromptError(f"{where}: message {number} needs a 'role' that is text, such as 'user'")
@@ -474,7 +501,7 @@ def _check_messages(messages: Sequence[Any], where: str) -> None:
         silent = content is None and message.get("tool_calls")
         if not (isinstance(content, str) or parts or silent):
             raise PromptError(
-                f"{where}: message {number} needs a 'content' that is text or a list of parts, not {_kind(content)}"
+                f"{where}: message {number} needs a 'content' that is text or a list of parts, not {kind(content)}"
             )
     for text in _strings(messages):
         _check_text(text, where)
@@ -486,9 +513,9 @@ def _checked_token_ids(token_ids: Sequence[Any], where: str) -> tuple[int, ...]:
     for number, token_id in enumerate(token_ids, 1):
         whole = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
         if not whole or not 0 <= token_id < TOKEN_ID_END:
-            shown = f"{token_id}" if whole and abs(token_id) < 2**63 else _kind(token_id)
+            given = f"{token_id}" if whole and abs(token_id) < 2**63 else kind(token_id)
             raise PromptError(
-                f"{where}: token id {number} of {len(token_ids)} is {shown}; "
+                f"{where}: token id {number} of {len(token_ids)} is {given}; "
                 f"token ids are whole numbers from 0 to {TOKEN_ID_END - 1}"
             )
     return tuple(map(int, token_ids))
@@ -505,37 +532,6 @@ def _strings(value: Any) -> Iterator[str]:
             pending += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple):
             pending += item
-
-
-# Words of error messages
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "text"
-        case list() | tuple():
-            return "a list" if value else "an empty list"
-        case Mapping():
-            return "an object"
-    return type(value).__name__
-
-
-def _shown(name: str) -> str:
-    """A file's or field's name on one line."""
-    return name if name.isprintable() else ascii(name)
-
-
-def _listed(names: Iterable[object], most: int = 8) -> str:
-    shown = [repr(str(name) if len(str(name)) <= 40 else str(name)[:39] + "…") for name in names]
-    more = [f"{len(shown) - most} more"] if len(shown) > most else []
-    return ", ".join(shown[:most] + more) or "no field"
 
 
 def _known_suffixes() -> str:

@@ -110,6 +110,20 @@ def test_standard_input_text_files_and_csv(
     assert load_profile("two/profile.safetensors").domains == ("art", "maths")
 
 
+def test_conversations_and_parquet(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ask, answer = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+    records = [{"conversations": turns} for turns in ([answer], [ask, answer], [])]
+    (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    pq.write_table(pa.table({"prompt": ["abc"]}), tmp_path / "b.parquet")
+    done = cli("profile", "a.json", "b.parquet", "-m", checkpoint, "--max-tokens", 0, "-o", "out")
+    assert done.code == 0
+    assert "Left out 2 conversations without a turn of the user (first: a.json, item 1)." in done.err
+    assert load_profile("out/profile.safetensors").tokens == len("user: Hi\n") + len("abc")
+
+
 def test_too_long_prompts_are_counted_and_truncated_only_if_told_to(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(
         "\n".join(json.dumps({"prompt": "x" * n}) for n in (10, 150, 200)), encoding="utf-8"
