@@ -14,9 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm-ready
 TYPES := .types/moescope
+BROWSERS := chromium chromium-browser google-chrome chrome
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control test lint format bench clean
+.PHONY: help setup demo control browser test lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -49,7 +50,18 @@ lint: $(READY) $(TYPES) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(VLLM_READY) ## Check style and types, and pass the tests; brings the CPU build of vLLM
+# Only Debian's family is installed by itself, and only by root, as in a container; elsewhere a person decides.
+browser: ## Find a Chromium for the tests of the pages, or install Debian's
+	@if [ -n "$$MOESCOPE_CHROMIUM" ]; then exit 0; fi; \
+	for name in $(BROWSERS); do if command -v $$name >/dev/null; then exit 0; fi; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update && apt-get install -y --no-install-recommends chromium fonts-liberation; \
+	else \
+		echo "The tests need a Chromium: install one (as root on Debian: apt-get install chromium fonts-liberation)," \
+			"or name its program in MOESCOPE_CHROMIUM." >&2; exit 1; \
+	fi
+
+test: browser lint $(VLLM_READY) ## Check style and types, and pass the tests; brings the CPU build of vLLM, a Chromium
 	MOESCOPE_NO_SKIPS=1 $(BIN)/python -m pytest
 
 format: $(READY) ## Format the code

@@ -144,7 +144,7 @@ def _template(name: str) -> Template:
 
 def _text(text: str) -> str:
     """Any text for HTML, in element or attribute: markup escaped, what cannot be printed or turns the line, a space."""
-    return escape("".join(character if character.isprintable() else " " for character in text))
+    return escape(theme.printable(text))
 
 
 def _script_json(data: Any) -> str:

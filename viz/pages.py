@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
+from moescope.viz.theme import printable
+
 LIBRARY = "plotly.min.js"
 
 CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
@@ -50,7 +52,7 @@ def write_figure(figure: go.Figure, path: Path, title: str) -> None:
         div_id="figure",
     )
     provide_library(path.parent)
-    write_text(path, PAGE.substitute(title=escape(title), figure=div))
+    write_text(path, PAGE.substitute(title=escape(printable(title)), figure=div))
 
 
 def write_text(path: Path, text: str) -> None:

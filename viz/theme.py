@@ -110,7 +110,12 @@ def new_figure(title: str, subject: str, x_title: str, y_title: str) -> go.Figur
 
 def plain(text: str) -> str:
     """User text for a place where plotly would read markup."""
-    return escape("".join(character if character.isprintable() else " " for character in text), quote=False)
+    return escape(printable(text), quote=False)
+
+
+def printable(text: str) -> str:
+    """User text without what steers instead of being seen: control characters, marks of direction, line separators."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def bar_title(name: str) -> str:
