@@ -119,7 +119,7 @@ def wait_drawn(page: Page, timeout: float = 20.0) -> int:
 
 
 def show_all(page: Page, timeout: float = 60.0) -> int:
-    """Scroll a page that draws figures as they come near to each of its figures, and wait until they are drawn.
+    """Scroll a page that draws figures as they come near to each of its figures, wait until it is drawn, and go back up.
 
     Returns:
         How many figures there are.
@@ -130,6 +130,7 @@ def show_all(page: Page, timeout: float = 60.0) -> int:
         name = figure.get_attribute("id")
         page.wait_for_function(f"document.getElementById('{name}').dataset.drawn === '1'", timeout=timeout * 1000)
         wait_drawn(page, timeout)
+    page.evaluate("window.scrollTo(0, 0)")
     return len(figures)
 
 
