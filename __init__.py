@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import merge as merge
     from moescope.profiler.run import Interrupted as Interrupted
     from moescope.viz.analysis import analyze as analyze
+    from moescope.viz.export import export as export
     from moescope.viz.report import write_report as write_report
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ _PUBLIC = {
     "MoescopeError": "moescope.profiler.errors",
     "RoutingProfile": "moescope.profiler.profile",
     "analyze": "moescope.viz.analysis",
+    "export": "moescope.viz.export",
     "merge": "moescope.profiler.profile",
     "profile": "moescope.adapters.session",
     "record": "moescope.adapters.transformers_record",
