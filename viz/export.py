@@ -1,9 +1,11 @@
 """A profile in the formats that other tools read: structured data, tables, the earlier tool's file, TensorBoard."""
 
 import csv
+import gc
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -235,18 +237,33 @@ def _write_workbook(found: Sequence[Table], report: ReportData, path: Path) -> t
     names = {name for name, _ in left_out}
     book = openpyxl.Workbook(write_only=True)
     book.properties.creator = "moescope"
-    for table in (metadata(report, left_out), *found[1:]):
-        if table.name in names:
-            continue
-        sheet = book.create_sheet(table.name)
-        sheet.freeze_panes = "A2"
-        sheet.append([column.name for column in table.columns])
-        texts = any(column.kind in ("text", "any") for column in table.columns)
-        cells = _sheet_cells(sheet) if texts else None
-        for record in table.records():
-            sheet.append(record if cells is None else [cells(cell) for cell in record])
-    book.save(path)
+    try:
+        for table in (metadata(report, left_out), *found[1:]):
+            if table.name not in names:
+                _append_sheet(book, table)
+        book.save(path)
+    except OSError as error:
+        # half-open sheets would complain on standard error when they are collected later
+        ignored, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            error.__traceback__ = None
+            del book
+            gc.collect()
+        finally:
+            sys.unraisablehook = ignored
+        raise
     return left_out
+
+
+def _append_sheet(book: Any, table: Table) -> None:
+    """A sheet with a heading that stays in view; cells without a value are left out."""
+    sheet = book.create_sheet(table.name)
+    sheet.freeze_panes = "A2"
+    sheet.append([column.name for column in table.columns])
+    texts = any(column.kind in ("text", "any") for column in table.columns)
+    cells = _sheet_cells(sheet) if texts else None
+    for record in table.records():
+        sheet.append(record if cells is None else [cells(cell) for cell in record])
 
 
 def _sheet_cells(sheet: Any) -> Callable[[Any], Any]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,6 +132,23 @@ def test_structured_format_of_a_run(cli: Cli, checkpoint: Path, tmp_path: Path) 
         "analysis_data.jsonl",
         "analysis_summary.json",
     }
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+def test_a_full_disk_is_one_line(saved: Path, export_format: str) -> None:
+    code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.argv = ["moescope", "export", "one.safetensors", "--format", {export_format!r}, "-o", "out"]
+from moescope.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=saved, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("moescope: cannot write out: ")
+    assert {file.name for file in saved.iterdir()} == {"one.safetensors", "two.safetensors"}
 
 
 def test_into_the_working_folder(cli: Cli, saved: Path) -> None:
