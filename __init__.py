@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moescope.viz.analysis import analyze as analyze
     from moescope.viz.comparison_data import compare as compare
     from moescope.viz.comparison_report import write_comparison as write_comparison
+    from moescope.viz.export import export as export
     from moescope.viz.report import write_report as write_report
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _PUBLIC = {
     "RoutingProfile": "moescope.profiler.profile",
     "analyze": "moescope.viz.analysis",
     "compare": "moescope.viz.comparison_data",
+    "export": "moescope.viz.export",
     "merge": "moescope.profiler.profile",
     "profile": "moescope.adapters.session",
     "record": "moescope.adapters.transformers_record",

@@ -1,5 +1,6 @@
 """The command line: parse, call, print."""
 
+import inspect
 import io
 import os
 import sys
@@ -71,6 +72,27 @@ class Probabilities(StrEnum):
     all = "all"
 
 
+class OutputFormat(StrEnum):
+    """Formats of the structured data."""
+
+    json = "json"
+    jsonl = "jsonl"
+    pickle = "pickle"
+
+
+class ExportFormat(StrEnum):
+    """Formats of `export`."""
+
+    json = "json"
+    jsonl = "jsonl"
+    pickle = "pickle"
+    csv = "csv"
+    xlsx = "xlsx"
+    parquet = "parquet"
+    parity = "parity"
+    tensorboard = "tensorboard"
+
+
 Intervals = Annotated[
     str | None,
     typer.Option(
@@ -87,7 +109,10 @@ OutputDir = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that exists and is not empty.")]
 NoStructured = Annotated[
-    bool, typer.Option("--disable-structured-output", help="Leave out analysis_data.json and analysis_summary.json.")
+    bool, typer.Option("--disable-structured-output", help="Leave out analysis_data and analysis_summary.")
+]
+StructuredFormat = Annotated[
+    OutputFormat, typer.Option("--output-format", help="Format of analysis_data; analysis_summary is always JSON.")
 ]
 
 
@@ -173,6 +198,7 @@ def profile(
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
     disable_structured_output: NoStructured = False,
+    output_format: StructuredFormat = OutputFormat.json,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
     ] = False,
@@ -291,10 +317,9 @@ def profile(
             )
         weights = opened.router_weights()
         opened.close()
+        structured = None if disable_structured_output else output_format
         sample = load_sample(path, done.model)
-        data = _report(
-            done, path, measure, intervals, delta_max, not disable_structured_output, weights=weights, sample=sample
-        )
+        data = _report(done, path, measure, intervals, delta_max, structured, weights=weights, sample=sample)
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
     typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
@@ -309,6 +334,7 @@ def report(
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
     disable_structured_output: NoStructured = False,
+    output_format: StructuredFormat = OutputFormat.json,
 ) -> None:
     r"""Draw the figures and write summary and structured data of profiles.
 
@@ -327,9 +353,8 @@ def report(
     sample = next(filter(None, (load_sample(folder, loaded.model) for folder in folders)), None)
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force):
-        _report(
-            loaded, path, measure, intervals, delta_max, not disable_structured_output, routers=routers, sample=sample
-        )
+        structured = None if disable_structured_output else output_format
+        _report(loaded, path, measure, intervals, delta_max, structured, routers=routers, sample=sample)
     typer.echo(f"Wrote the report in {path}")
 
 
@@ -359,6 +384,75 @@ def merge(
     merged = merge_profiles(load_serving(path) if path.is_dir() else load_profile(path) for path in profiles)
     save_profile(merged, output)
     typer.echo(f"Wrote {output}: {len(merged.runs)} runs, {merged.tokens:,} tokens")
+
+
+@app.command()
+def export(
+    profiles: Annotated[list[Path], typer.Argument(help="Profile files of one model; several are added up.")],
+    export_format: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="json, jsonl, pickle: structured data. csv, parquet: a folder of tables; xlsx: a sheet each. "
+            "parity: analysis_data.json by the earlier tool's definitions. tensorboard: a folder of events.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File to write, or folder for csv, parquet and tensorboard.")
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the file, or the files of an earlier export in the folder.")
+    ] = False,
+    measure: Annotated[
+        MeasureName | None,
+        typer.Option(help="What correlation and periodic patterns rest on; not for parity. [default: frequency]"),
+    ] = None,
+    periodic_intervals: Intervals = None,
+    delta_max: DeltaMax = 30,
+    routed_scaling_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="For parity with a sigmoid router: what the model multiplies its routing weights with, "
+            "e.g. 2.5 for DeepSeek-V3. [default: 1.0]"
+        ),
+    ] = None,
+) -> None:
+    r"""Write profiles in formats that other tools read.
+
+    \b
+    Examples:
+      moescope export results/profile.safetensors --format xlsx -o experts.xlsx
+      moescope export results/profile.safetensors --format parquet -o tables
+      moescope export monday/profile.safetensors tuesday/profile.safetensors --format csv -o tables
+      moescope export results/profile.safetensors --format parity --routed-scaling-factor 2.5 -o analysis_data.json
+      moescope export results/profile.safetensors --format tensorboard -o runs/profile
+    """
+    from moescope.profiler.files import load_profile
+    from moescope.profiler.profile import merge as merge_profiles
+    from moescope.viz.errors import ExportError
+    from moescope.viz.export import check_target
+    from moescope.viz.export import export as write_export
+
+    intervals = _intervals(periodic_intervals)
+    try:
+        check_target(output, export_format.value, force=force)
+        loaded = merge_profiles(load_profile(path) for path in profiles)
+        with _console.status(f"Writing {export_format.value} …"):
+            written = write_export(
+                loaded,
+                output,
+                export_format.value,
+                force=force,
+                measure=None if measure is None else measure.value,
+                intervals=intervals,
+                delta_max=delta_max,
+                routed_scaling_factor=routed_scaling_factor,
+            )
+    except ExportError as error:
+        raise OutputError(str(error)) from error
+    for name, reason in written.left_out:
+        typer.echo(f"left out {name}: {reason}")
+    typer.echo(f"Wrote {written.path}")
 
 
 @app.command()
@@ -456,7 +550,7 @@ def _report(
     measure: MeasureName,
     intervals: tuple[int, ...] | None,
     delta_max: int,
-    structured: bool,
+    structured: OutputFormat | None,
     *,
     weights: Sequence[Any] | None = None,
     routers: "RouterTables | None" = None,
@@ -478,7 +572,8 @@ def _report(
     except ValueError as error:
         raise OptionError(f"--measure {measure.value}: {error}") from error
     try:
-        write_report(data, folder, structured=structured)
+        chosen = OutputFormat.json if structured is None else structured
+        write_report(data, folder, structured=structured is not None, structured_format=chosen.value)
     except OSError as error:
         raise OutputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
     _print_findings(data)
@@ -614,6 +709,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Δ gets an escape, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    for command in app.registered_commands:  # raw docstrings spell out the mark that keeps the lines of the examples
+        command.help = (inspect.getdoc(command.callback) or "").replace("\\b\n", "\b\n")
     debug = "--debug" in sys.argv[1:]
     if debug:  # accepted before or after the command
         sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]

@@ -181,6 +181,24 @@ def layer_loads(
     return tuple(loads)
 
 
+def normalised_entropy(activation: Activation) -> NDArray[np.float64]:
+    """How evenly each layer spreads over its experts: -Σ p ln p / ln E, 1 if perfectly even, 0 if all go to one.
+
+    Args:
+        activation: vectors (L, E) that sum to 1.
+
+    Returns:
+        (L,) float64, dimensionless; NaN where nothing was recorded or the layer has a single expert.
+    """
+    p = activation.matrix
+    logs = np.log(p, where=p > 0, out=np.zeros_like(p))
+    entropy = -np.where(p > 0, p * logs, 0.0).sum(axis=1)
+    width = np.asarray(activation.experts, dtype=np.float64)
+    known = np.isfinite(p).any(axis=1) & (width > 1)
+    share: NDArray[np.float64] = np.where(known, entropy, np.nan) / np.log(np.where(width > 1, width, 2.0))
+    return share
+
+
 def _activation(
     kind: Measure,
     sums: NDArray[np.int64] | NDArray[np.float64],

@@ -36,6 +36,7 @@ def test_the_wheel_holds_every_module_and_the_demo(wheel: Path) -> None:
     for model in ("stacked", "control"):
         for file in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
             assert f"moescope/profiler/demo/{model}/{file}" in names
+    assert {f"moescope/viz/schema/analysis_{name}.schema.json" for name in ("data", "summary")} <= names
     assert {"moescope/py.typed", "moescope/profiler/demo/prompts.jsonl", "moescope/profiler/demo/README.md"} <= names
 
 
@@ -44,6 +45,7 @@ def test_the_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> No
         archive.extractall(tmp_path / "site")
     code = (
         "import moescope, moescope.cli; from moescope.profiler.demo import prompts_path; "
-        f"assert moescope.__file__.startswith({str(tmp_path)!r}), moescope.__file__; assert prompts_path().exists()"
+        f"assert moescope.__file__.startswith({str(tmp_path)!r}), moescope.__file__; assert prompts_path().exists(); "
+        "from moescope.viz.structured import schema; assert schema('analysis_data')['$defs']"
     )
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path, check=True)

@@ -56,14 +56,19 @@ def write_figure(figure: go.Figure, path: Path, title: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name in the same folder, then rename: readers see all of it or nothing.
+    """Write UTF-8 text; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write under a temporary name in the same folder, then rename: readers see all of it or nothing.
 
     Raises:
         OSError: if the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

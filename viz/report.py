@@ -1,17 +1,16 @@
 """A profile's report: every figure, the summary and the structured data, under their documented names."""
 
-import json
 from pathlib import Path
 
 from moescope.viz.activation import activation_heatmap
 from moescope.viz.correlation import correlation_heatmap
 from moescope.viz.page import write_page
-from moescope.viz.pages import write_figure, write_text
+from moescope.viz.pages import write_bytes, write_figure, write_text
 from moescope.viz.periodicity import periodic_bars, periodic_boxes
 from moescope.viz.report_data import ReportData
 from moescope.viz.report_page import report_page
 from moescope.viz.similarity import router_cosine_heatmap, router_norm_heatmap
-from moescope.viz.structured import analysis_data, analysis_summary
+from moescope.viz.structured import SUFFIXES, StructuredFormat, analysis_data, analysis_summary, encode
 from moescope.viz.summary import summary_text
 from moescope.viz.surface import activation_surface
 from moescope.viz.wording import subject
@@ -19,13 +18,16 @@ from moescope.viz.wording import subject
 PAGE_NAME = "report.html"
 
 
-def write_report(report: ReportData, folder: Path | str, *, structured: bool = True) -> list[Path]:
+def write_report(
+    report: ReportData, folder: Path | str, *, structured: bool = True, structured_format: StructuredFormat = "json"
+) -> list[Path]:
     """Write the report into a folder, replacing files of the same names; each file appears whole or not at all.
 
     Args:
         report: the results.
         folder: where to write; made if it does not exist.
-        structured: whether to write `analysis_data.json` and `analysis_summary.json` too.
+        structured: whether to write `analysis_data` and `analysis_summary.json` too.
+        structured_format: format of `analysis_data`, and so its ending: `.json`, `.jsonl` or `.pkl`.
 
     Returns:
         The files written, but for `plotly.min.js`, which lies beside them.
@@ -45,9 +47,11 @@ def write_report(report: ReportData, folder: Path | str, *, structured: bool = T
         "expert_activation_3d.html": activation_surface(report.sample, about),
     }
     texts = {"summary_report.txt": summary_text(report)}
+    data = {}
     if structured:
-        texts["analysis_data.json"] = _json(analysis_data(report))
-        texts["analysis_summary.json"] = _json(analysis_summary(report), indent=2)
+        content = encode(analysis_data(report, structured_format), structured_format)
+        data[f"analysis_data{SUFFIXES[structured_format]}"] = content
+        data["analysis_summary.json"] = encode(analysis_summary(report), "json", indent=2)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -56,9 +60,6 @@ def write_report(report: ReportData, folder: Path | str, *, structured: bool = T
     write_page(report_page(report, figures), folder / PAGE_NAME)
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in (PAGE_NAME, *figures, *texts)]
-
-
-def _json(data: object, indent: int | None = None) -> str:
-    """Strict JSON text with a final newline."""
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+    for name, content in data.items():
+        write_bytes(folder / name, content)
+    return [folder / name for name in (PAGE_NAME, *figures, *texts, *data)]

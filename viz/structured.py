@@ -1,8 +1,11 @@
 """The results as plain data under the documented keys, strict JSON throughout: a cell without a value is null."""
 
+import json
 import math
+import pickle
 from collections.abc import Mapping
-from typing import Any
+from importlib.resources import files
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -10,13 +13,43 @@ from moescope.stats.activation import Activation, LayerLoad
 from moescope.stats.periodicity import PeriodicPattern
 from moescope.viz.report_data import ReportData
 
+StructuredFormat = Literal["json", "jsonl", "pickle"]
+#: How the name of a file in each format ends.
+SUFFIXES: Final[Mapping[StructuredFormat, str]] = {"json": ".json", "jsonl": ".jsonl", "pickle": ".pkl"}
+
 NOT_RECORDED = "not recorded in this profile"
 NO_VARIANCE = "the variance over tokens needs the probabilities of single tokens, which are not kept"
 NO_WEIGHTS = "router weights were not read"
 
 
+def encode(data: Mapping[str, Any], export_format: StructuredFormat, indent: int | None = None) -> bytes:
+    """Structured data as the content of a file.
+
+    Args:
+        data: a tree of dict, list, str, int, finite float, bool and None.
+        export_format: `json`; `jsonl`, one object with one top-level key a line; or `pickle`, protocol 4, of nothing
+            but those built-in types. moescope never reads a pickle.
+        indent: spaces a level, in `json` alone.
+
+    Raises:
+        ValueError: if a number is not finite.
+    """
+    if export_format == "pickle":
+        return pickle.dumps(dict(data), protocol=4)
+    parts = [data] if export_format == "json" else [{key: value} for key, value in data.items()]
+    lines = (json.dumps(part, ensure_ascii=False, allow_nan=False, indent=indent) + "\n" for part in parts)
+    return "".join(lines).encode("utf-8")
+
+
+def schema(name: Literal["analysis_data", "analysis_summary"]) -> dict[str, Any]:
+    """The published JSON Schema (draft 2020-12) of `analysis_data` or `analysis_summary`."""
+    text = files("moescope.viz").joinpath("schema", f"{name}.schema.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
 def analysis_data(report: ReportData, export_format: str = "json") -> dict[str, Any]:
-    """All results, for `analysis_data.json`.
+    """All results, for `analysis_data.{json,jsonl,pkl}`.
 
     The documented keys keep their documented meaning, so `expert_activation` is the mean router probability and is
     null, with a `reason`, where that was not recorded. Selection frequency and weight share have keys of their own.

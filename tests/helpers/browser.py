@@ -119,7 +119,7 @@ def wait_drawn(page: Page, timeout: float = 20.0) -> int:
 
 
 def show_all(page: Page, timeout: float = 60.0) -> int:
-    """Scroll a page that draws figures as they come near to each of its figures, wait until it is drawn, and go back up.
+    """Scroll a page that draws figures as they come near to each of its figures, wait until all are drawn, and go up.
 
     Returns:
         How many figures there are.
