@@ -47,6 +47,19 @@ class EngineName(StrEnum):
     transformers = "transformers"
 
 
+class ModelType(StrEnum):
+    """Families that a checkpoint can be required to be of."""
+
+    auto = "auto"
+    minimax = "minimax"
+    deepseek_v3 = "deepseek_v3"
+    qwen3 = "qwen3"
+
+
+#: How the names of a family's model classes begin.
+_CLASSES = {ModelType.minimax: "MiniMax", ModelType.deepseek_v3: "DeepseekV3", ModelType.qwen3: "Qwen3"}
+
+
 class Dtype(StrEnum):
     """Types that a model is loaded in."""
 
@@ -149,13 +162,24 @@ def profile(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Folder of a checkpoint, hub id, demo:stacked or demo:control. Without: demo:stacked."
+            "--model",
+            "-m",
+            "--model-path",
+            help="Folder of a checkpoint, hub id, demo:stacked or demo:control. Without: demo:stacked.",
         ),
+    ] = None,
+    model_type: Annotated[
+        ModelType, typer.Option(help="Family that the checkpoint must be of; auto takes any that is supported.")
+    ] = ModelType.auto,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt as text, or a file; in addition to PROMPTS.")
     ] = None,
     engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.auto,
     max_tokens: Annotated[
         int | None,
         typer.Option(
+            "--max-tokens",
+            "--max-length",
             min=0,
             max=_MOST,
             help="Tokens to generate for each prompt at most; 0 records the prompts alone. "
@@ -170,7 +194,12 @@ def profile(
         bool, typer.Option("--resume", help="Go on with the interrupted run in --output-dir; nothing is counted twice.")
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="Type to load the model in; auto: the checkpoint's, or float32 on a CPU if it fits.")
+        Dtype,
+        typer.Option(
+            "--dtype",
+            "--torch-dtype",
+            help="Type to load the model in; auto: the checkpoint's, or float32 on a CPU if it fits.",
+        ),
     ] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Prompts in a batch at most; auto fits memory.")] = "auto",
@@ -205,6 +234,15 @@ def profile(
     attention: Annotated[
         str | None, typer.Option(help="Attention implementation of transformers, e.g. flash_attention_2.")
     ] = None,
+    use_flash_attention: Annotated[
+        bool, typer.Option("--use-flash-attention", help="FlashAttention, in transformers or in vLLM.")
+    ] = False,
+    analyze_correlation: Annotated[
+        bool, typer.Option(help="Correlation between layers and periodic patterns, or leave them out.")
+    ] = True,
+    analyze_weights: Annotated[
+        bool, typer.Option(help="Router similarity, or leave the router weights unread.")
+    ] = True,
     engine_arg: Annotated[
         list[str] | None,
         typer.Option("--engine-arg", help="NAME=VALUE, any argument of vllm.LLM; may be given several times."),
@@ -233,6 +271,9 @@ def profile(
     """
     intervals = _intervals(periodic_intervals)
     size = _batch_size(batch_size)
+    prompts = [*(prompts or ()), *(prompt or ())]
+    if use_flash_attention and attention:
+        raise OptionError("--use-flash-attention and --attention both choose the attention; give one of them")
     if measure is MeasureName.probability and probabilities is Probabilities.off:
         raise OptionError("--measure probability needs the distributions that --probabilities off leaves out")
     if resume and output_dir is None:
@@ -268,6 +309,7 @@ def profile(
                 device=device,
                 trust_remote_code=trust_remote_code,
                 attention=attention,
+                flash_attention=use_flash_attention,
                 batch_size=size,
                 probabilities=None if probabilities is None else probabilities.value,
                 coactivation=coactivation,
@@ -275,6 +317,7 @@ def profile(
                 verify=verify,
                 ignore_eos=ignore_eos,
             )
+        _check_type(opened.model.architecture, model_type)
         tokens = max_tokens
         if tokens is None:
             tokens = 16 if not prompts else 512 if opened.context is None else min(512, opened.context // 2)
@@ -315,11 +358,21 @@ def profile(
                 f"Left out {len(left_out):,} conversation{'s' * (len(left_out) > 1)} without a turn of the user "
                 f"(first: {left_out[0]})."
             )
-        weights = opened.router_weights()
+        weights = opened.router_weights() if analyze_weights else None
         opened.close()
         structured = None if disable_structured_output else output_format
         sample = load_sample(path, done.model)
-        data = _report(done, path, measure, intervals, delta_max, structured, weights=weights, sample=sample)
+        data = _report(
+            done,
+            path,
+            measure,
+            intervals,
+            delta_max,
+            structured,
+            weights=weights,
+            sample=sample,
+            correlate=analyze_correlation,
+        )
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
     typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
@@ -555,6 +608,7 @@ def _report(
     weights: Sequence[Any] | None = None,
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
+    correlate: bool = True,
 ) -> "ReportData":
     from moescope.viz.analysis import analyze
     from moescope.viz.report import write_report
@@ -565,6 +619,7 @@ def _report(
             measure=measure.value,
             intervals=intervals,
             delta_max=delta_max,
+            correlate=correlate,
             router_weights=weights,
             routers=routers,
             sample=sample,
@@ -605,6 +660,21 @@ def _print_findings(data: "ReportData") -> None:
                 f"{'pair' if pattern.num_pairs == 1 else 'pairs'} of layers "
                 f"({pattern.strength})"
             )
+
+
+def _check_type(architecture: str, wanted: ModelType) -> None:
+    if wanted is not ModelType.auto and not architecture.startswith(_CLASSES[wanted]):
+        raise OptionError(f"--model-type {wanted.value}: the checkpoint is a {architecture}; leave the option out")
+
+
+def _with_dashes(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the names of long options in dashes: `--max_tokens=5` is `--max-tokens=5`."""
+    names = [argument.partition("=") for argument in arguments]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [
+        name.replace("_", "-") + equals + value if name.startswith("--") and place < end else arguments[place]
+        for place, (name, equals, value) in enumerate(names)
+    ]
 
 
 def _intervals(text: str | None) -> tuple[int, ...] | None:
@@ -711,6 +781,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     for command in app.registered_commands:  # raw docstrings spell out the mark that keeps the lines of the examples
         command.help = (inspect.getdoc(command.callback) or "").replace("\\b\n", "\b\n")
+    sys.argv[1:] = _with_dashes(sys.argv[1:])
     debug = "--debug" in sys.argv[1:]
     if debug:  # accepted before or after the command
         sys.argv = [sys.argv[0], *(argument for argument in sys.argv[1:] if argument != "--debug")]

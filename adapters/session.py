@@ -94,6 +94,7 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
         ModelError: The model cannot be loaded, or its routing cannot be recorded exactly.
     """
     name = choose_engine(model, options) if engine == "auto" else engine
+    flash = options.pop("flash_attention", False)
     if name not in ENGINES:
         raise OptionError(f"--engine {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
     if importlib.util.find_spec(name) is None:
@@ -107,8 +108,12 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
         if options.get("probabilities") == "sample":
             raise OptionError("--probabilities sample is for vLLM; transformers records all or off")
         options = {key: value for key, value in options.items() if key not in _VLLM_OPTIONS}
+        if flash:
+            options["attention"] = "flash_attention_2"
         options["probabilities"] = options.get("probabilities") not in (False, "off")
     else:
+        if flash:
+            options["engine_args"] = {"attention_backend": "FLASH_ATTN", **(options.get("engine_args") or {})}
         wanted = options.get("probabilities")
         options["probabilities"] = {True: "all", False: "off", None: "sample"}.get(wanted, wanted)
     return ENGINES[name](model, tokenizer, options)

@@ -1,8 +1,10 @@
 """From a profile to what a report shows: the statistics, computed once."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.activation import (
@@ -61,6 +63,7 @@ def analyze(
     measure: Measure = "frequency",
     intervals: Sequence[int] | None = None,
     delta_max: int = 30,
+    correlate: bool = True,
     router_weights: Sequence[NDArray[Any]] | None = None,
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
@@ -73,6 +76,7 @@ def analyze(
         intervals: Layer distances Δ of the periodic patterns; None takes 12, 24 and 36 where the model is deep enough,
             every Δ otherwise.
         delta_max: Largest Δ of the correlation matrix.
+        correlate: False leaves correlation and periodic patterns out.
         router_weights: Router weights (E, H) of each MoE layer, or None if they were not read.
         routers: Router weights that were compared before, where they are not at hand now.
         sample: The router's distributions for some tokens, for the 3-D view.
@@ -86,8 +90,12 @@ def analyze(
     layers = profile.model.layer_indices
     chosen = tuple(intervals) if intervals is not None else default_intervals(layers)
     correlation = layer_correlation(views[measure], delta_max)
+    if not correlate:
+        chosen = ()
+        nothing = np.full_like(correlation.pairwise, np.nan)
+        correlation = replace(correlation, matrix=np.full_like(correlation.matrix, np.nan), pairwise=nothing)
     reach = max((*chosen, delta_max))
-    full = correlation if reach == delta_max else layer_correlation(views[measure], reach)
+    full = correlation if reach == delta_max or not correlate else layer_correlation(views[measure], reach)
     counts = profile.selection_counts.sum(axis=(0, 1))
     similarity = None
     if router_weights:
@@ -118,6 +126,7 @@ def analyze(
         router_similarity=similarity,
         loads=layer_loads(counts, profile.model.top_k, profile.tokens, profile.model.experts, layers),
         remarks=_remarks([run.settings for run in profile.runs]),
+        correlated=correlate,
         domains=_by_domain(profile, measure, chosen, delta_max),
         sample=sample,
     )

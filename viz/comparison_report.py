@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moescope import __version__
@@ -15,6 +16,7 @@ from moescope.stats.comparison import Distances, ExpertMove, WithinRun
 from moescope.viz.activation import NAMES
 from moescope.viz.comparison import difference_heatmap, distance_lines, moved_bars
 from moescope.viz.comparison_data import ComparedPair, ComparisonData, Side, ratio_in_words
+from moescope.viz.page import Page, Section, write_page
 from moescope.viz.pages import write_figure, write_text
 from moescope.viz.structured import to_strict_json
 from moescope.viz.summary import WIDTH, clip, field, printable, section
@@ -24,6 +26,7 @@ FIGURES = {
     "comparison_distance.html": distance_lines,
     "comparison_experts.html": moved_bars,
 }
+PAGE_NAME = "comparison.html"
 LONGEST_NAME = 30
 MOST_IN_FULL = 3
 """Comparisons that the command line prints in full; of more, a line each."""
@@ -60,7 +63,51 @@ def write_comparison(data: ComparisonData, folder: Path | str) -> list[Path]:
         write_figure(figure, folder / name, f"{heading} · {', '.join(data.names)}")
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in (*figures, *texts)]
+    write_page(_page(data, figures), folder / PAGE_NAME)
+    return [folder / name for name in (PAGE_NAME, *figures, *texts)]
+
+
+def _page(data: ComparisonData, figures: Mapping[str, go.Figure]) -> Page:
+    """The comparison as one page."""
+    tall = max((len(pair.result.layers) for pair in data.pairs), default=0)
+    facts = [("Profiles", ", ".join(data.names)), ("Measure", NAMES[data.measure])]
+    facts += [] if data.domain is None else [("Domain", data.domain)]
+    return Page(
+        title=f"Comparison of {' and '.join(data.names)}" if len(data.names) < 3 else "Comparison of profiles",
+        subject=data.subject,
+        verdict=None,
+        facts=facts,
+        notes=data.remarks,
+        findings=[line.strip() for pair in data.pairs[:MOST_IN_FULL] for line in pair_findings(pair)],
+        sections=[
+            Section(
+                "difference",
+                "Difference by layer and expert",
+                "Orange experts are used more than in the reference, blue ones less; hover for both values.",
+                figures["comparison_difference.html"],
+                int(np.clip(11 * tall + 220, 420, 1140)),
+                page="comparison_difference.html",
+            ),
+            Section(
+                "distance",
+                "Distance by layer",
+                "How far apart the two distributions over experts are, layer by layer. The noise is what the draw of "
+                "prompts alone does to this distance: only what lies well above it is a difference.",
+                figures["comparison_distance.html"],
+                520,
+                page="comparison_distance.html",
+            ),
+            Section(
+                "moved",
+                "Experts that moved most",
+                "The largest differences of single experts, in either direction.",
+                figures["comparison_experts.html"],
+                620,
+                page="comparison_experts.html",
+            ),
+        ],
+        footer=f"moescope {__version__}",
+    )
 
 
 def findings(data: ComparisonData) -> list[str]:

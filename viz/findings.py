@@ -16,7 +16,7 @@ def findings(report: ReportData) -> list[str]:
     """Sentences for the head of a report: periods, load, domains, routers, and how much they can carry."""
     if not report.tokens:
         return ["No tokens were routed: there is nothing to find."]
-    found = [_periods(report), _load(report), _routers(report), _amount(report)]
+    found = [_periods(report) if report.correlated else "", _load(report), _routers(report), _amount(report)]
     return [sentence for sentence in found if sentence]
 
 

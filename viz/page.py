@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moescope.viz import theme
 from moescope.viz.pages import CONFIG, LIBRARY, provide_library, write_text
 
+LONGEST_OPTION = 24
 PACKED_STEPS = 65534
 """Steps of a packed matrix; 65535 stands for a missing cell."""
 
@@ -256,8 +257,12 @@ def _domain_select(domains: Sequence[str]) -> str:
 
 
 def _select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
-    made = "".join(_OPTION.substitute(value=value, text=_text(text)) for value, text in options)
+    made = "".join(_OPTION.substitute(value=value, text=_text(_short(text))) for value, text in options)
     return _SELECT.substitute(id=name, label=label, options=made)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_OPTION else f"{text[: LONGEST_OPTION - 1]}…"
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:

@@ -16,6 +16,11 @@ from moescope.viz.surface import activation_surface
 from moescope.viz.wording import subject
 
 PAGE_NAME = "report.html"
+CORRELATION_PAGES = (
+    "layer_correlation_matrix.html",
+    "periodic_pattern_analysis.html",
+    "periodic_pattern_analysis_detailed.html",
+)
 
 
 def write_report(
@@ -46,6 +51,8 @@ def write_report(
         "router_norm_correlation.html": router_norm_heatmap(report.router_similarity, about),
         "expert_activation_3d.html": activation_surface(report.sample, about),
     }
+    if not report.correlated:
+        figures = {name: figure for name, figure in figures.items() if name not in CORRELATION_PAGES}
     texts = {"summary_report.txt": summary_text(report)}
     data = {}
     if structured:

@@ -52,6 +52,7 @@ class ReportData:
         router_similarity: None where router weights were not read.
         loads: one load a MoE layer, in model order.
         remarks: what a reader of the run should know beside its numbers: what was verified, what was left out.
+        correlated: False where correlation and periodic patterns were left out; they are then empty.
         domains: each domain by itself; empty where there is but one.
         sample: the router's distributions for some tokens of one prompt, or None.
     """
@@ -71,6 +72,7 @@ class ReportData:
     router_similarity: RouterSimilarity | None
     loads: tuple[LayerLoad, ...]
     remarks: tuple[str, ...] = ()
+    correlated: bool = True
     domains: tuple[DomainView, ...] = ()
     sample: "TokenSample | None" = None
 

@@ -80,8 +80,6 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
     heatmap = figures["expert_activation_heatmap.html"]
     measured = isinstance(heatmap.data[0], go.Heatmap) if heatmap.data else False
     name = NAMES[report.measure]
-    correlation = figures["layer_correlation_matrix.html"]
-    bars, boxes = figures["periodic_pattern_analysis.html"], figures["periodic_pattern_analysis_detailed.html"]
     sections = [
         Section(
             "activation",
@@ -115,33 +113,7 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
             load_by_layer(report.loads),
             340,
         ),
-        Section(
-            "correlation",
-            "Layer correlation",
-            "Each cell compares the expert use of a layer with that of the layer Δ further on: a bright column means "
-            "that the pattern comes back every Δ layers. Blank cells lie past the end of the model.",
-            correlation,
-            tall,
-            variants=_variants(report, lambda view: _differences(correlation_heatmap(view.correlation), correlation)),
-            page="layer_correlation_matrix.html",
-        ),
-        Section(
-            "periods",
-            "Periodic patterns",
-            "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
-            "pairs share layers, so the bar is a spread, not a confidence interval.",
-            bars,
-            variants=_variants(report, lambda view: _differences(periodic_bars(view.periodic), bars)),
-            page="periodic_pattern_analysis.html",
-        ),
-        Section(
-            "pairs",
-            "Every pair of layers",
-            "The correlations behind each bar above, one point a pair; hover to see which layers.",
-            boxes,
-            variants=_variants(report, lambda view: _differences(periodic_boxes(view.periodic), boxes)),
-            page="periodic_pattern_analysis_detailed.html",
-        ),
+        *(_correlation_sections(report, figures, tall) if report.correlated else ()),
         Section(
             "routers",
             "Router similarity",
@@ -171,6 +143,40 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
         ),
     ]
     return sections
+
+
+def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], tall: int) -> list[Section]:
+    correlation = figures["layer_correlation_matrix.html"]
+    bars, boxes = figures["periodic_pattern_analysis.html"], figures["periodic_pattern_analysis_detailed.html"]
+    return [
+        Section(
+            "correlation",
+            "Layer correlation",
+            "Each cell compares the expert use of a layer with that of the layer Δ further on: a bright column means "
+            "that the pattern comes back every Δ layers. Blank cells lie past the end of the model.",
+            correlation,
+            tall,
+            variants=_variants(report, lambda view: _differences(correlation_heatmap(view.correlation), correlation)),
+            page="layer_correlation_matrix.html",
+        ),
+        Section(
+            "periods",
+            "Periodic patterns",
+            "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
+            "pairs share layers, so the bar is a spread, not a confidence interval.",
+            bars,
+            variants=_variants(report, lambda view: _differences(periodic_bars(view.periodic), bars)),
+            page="periodic_pattern_analysis.html",
+        ),
+        Section(
+            "pairs",
+            "Every pair of layers",
+            "The correlations behind each bar above, one point a pair; hover to see which layers.",
+            boxes,
+            variants=_variants(report, lambda view: _differences(periodic_boxes(view.periodic), boxes)),
+            page="periodic_pattern_analysis_detailed.html",
+        ),
+    ]
 
 
 def _layer_figure(name: str) -> go.Figure:

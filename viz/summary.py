@@ -93,6 +93,8 @@ def _check(report: ReportData) -> list[str]:
 
 def _patterns(report: ReportData) -> list[str]:
     """One line an interval."""
+    if not report.correlated:
+        return ["left out"]
     if not report.periodic.patterns:
         return ["the model has no two MoE layers: not measurable"]
     lines = [f"{'Δ':>5}{'mean r':>10}{'std':>10}{'pairs':>8}  strength"]
