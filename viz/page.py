@@ -116,7 +116,7 @@ def page_text(page: Page) -> str:
         "domains": list(page.domains),
         "config": CONFIG,
         "dark": theme.DARK_COLOURS,
-        "diverging": json.dumps([list(stop) for stop in theme.DIVERGING], separators=(",", ":")),
+        "diverging": [colour for _, colour in theme.DIVERGING],
         "dark_diverging": theme.DARK_DIVERGING,
     }
     body = [_head(page), *(_section(section, bool(page.domains)) for section in page.sections)]
@@ -157,15 +157,23 @@ def _script_json(data: Any) -> str:
 def _spec(section: Section) -> dict[str, Any]:
     """A section's figure as plotly.js takes it, without its title."""
     figure = go.Figure(section.figure)
-    has_buttons = bool(figure.layout.updatemenus)
-    figure.update_layout(title=None, height=section.height, margin_t=60 if has_buttons else 24, autosize=True)
+    figure.update_layout(title=None, height=section.height, margin_t=24, autosize=True)
+    figure.layout.updatemenus = ()
     plain = json.loads(pio.to_json(figure, validate=False))
     spec: dict[str, Any] = {"id": f"figure-{section.id}", "data": plain["data"], "layout": plain["layout"]}
+    views = _views(section)
+    if views:
+        spec["views"] = [{"label": button.label, "args": list(button.args)} for button in views]
     if section.variants:
         spec["variants"] = section.variants
     if section.of is not None:
         spec |= {"of": f"figure-{section.of}", "experts": list(section.experts)}
     return spec
+
+
+def _views(section: Section) -> Sequence[Any]:
+    """The buttons of a figure that has several views: on a page they are a selector of its own."""
+    return [button for menu in section.figure.layout.updatemenus for button in menu.buttons]
 
 
 _HEAD = Template("""\
@@ -232,7 +240,8 @@ def _head(page: Page) -> str:
 
 
 def _section(section: Section, with_domains: bool) -> str:
-    controls = ""
+    views = [(str(place), button.label) for place, button in enumerate(_views(section))]
+    controls = _select(f"view-{section.id}", "View", views) if views else ""
     if section.of is not None:
         layers = [(str(place), name) for place, name in enumerate(section.layers)]
         controls = _select("layer", "Layer", layers) + _select(

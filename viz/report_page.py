@@ -87,7 +87,7 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
             "Each row is a layer, each column an expert: bright experts take more than their share. Colour ends at the "
             "99.5th percentile; hover for a cell's own value.",
             heatmap,
-            tall + 40,
+            tall,
             variants=_variants(report, _activation_patch) if measured else {},
             page="expert_activation_heatmap.html",
         ),
@@ -129,7 +129,7 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
             "Whether the same experts have long router rows in layers Δ apart; the second view is the mean cosine "
             "of the rows themselves.",
             figures["router_norm_correlation.html"],
-            tall + 40,
+            tall,
             page="router_norm_correlation.html",
         ),
         Section(
@@ -218,7 +218,7 @@ def _activation_patch(view: DomainView) -> dict[str, Any]:
     matrix = view.activation.matrix
     finite = matrix[np.isfinite(matrix)]
     highest = float(np.percentile(finite, COLOUR_PERCENTILE)) if finite.size else 1.0
-    return {"data": [{"z": packed(matrix), "zmax": highest}], "layout": {"updatemenus": []}}
+    return {"data": [{"z": packed(matrix), "zmax": highest}]}
 
 
 def _differences(figure: go.Figure, base: go.Figure) -> dict[str, Any]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # a hand-over type
     from moescope.profiler.sidecars import TokenSample
 
 MOST_EXPERTS = 64
-CAMERA = {"eye": {"x": 1.8, "y": -1.8, "z": 1.5}}
+CAMERA = {"eye": {"x": 1.8, "y": -1.8, "z": 1.5}, "center": {"x": 0.0, "y": 0.0, "z": -0.12}}
 GAP = 0.25
 """Air between two surfaces, as a share of the highest probability."""
 LONGEST_TOKEN = 12
@@ -67,7 +67,7 @@ def activation_surface(sample: "TokenSample | None", subject: str = "") -> go.Fi
         scene={
             "camera": CAMERA,
             "aspectmode": "manual",
-            "aspectratio": {"x": 1.5, "y": 1.4, "z": 1.3},
+            "aspectratio": {"x": 1.3, "y": 1.2, "z": 1.15},
             "xaxis": {**axis, "title": {"text": across}, "type": "category", "nticks": 9},
             "yaxis": {**axis, "title": {"text": "Token"}, "type": "category", "nticks": 11},
             "zaxis": {

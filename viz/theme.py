@@ -63,6 +63,7 @@ _AXIS = {
     "linecolor": NEUTRAL_COLOUR,
     "showline": True,
     "automargin": True,
+    "exponentformat": "power",
     "title": {"font": {"size": 14}, "standoff": 14},
 }
 

@@ -24,7 +24,10 @@
   /** A copy with every colour of the light page replaced by that of the dark one. */
   function recoloured(value, key) {
     if (!state.dark) return value;
-    if (key === "colorscale") return JSON.stringify(value) === page.diverging ? page.dark_diverging : value;
+    if (key === "colorscale") {
+      const diverging = Array.isArray(value) && page.diverging.every((colour, place) => (value[place] || [])[1] === colour);
+      return diverging ? page.dark_diverging : value;
+    }
     if (typeof value === "string") return page.dark[value] || value;
     if (Array.isArray(value)) return value.map((item) => recoloured(item));
     if (value && typeof value === "object" && !ArrayBuffer.isView(value)) {
@@ -61,12 +64,19 @@
     return { data, layout };
   }
 
+  const viewSelect = (figure) => figure.views && document.getElementById(figure.id.replace("figure-", "choose-view-"));
+
   async function draw(figure) {
     const shown = figure.of ? layerBars(figure) : current(figure);
     const clone = typeof structuredClone === "function" ? structuredClone : (value) => JSON.parse(JSON.stringify(value));
     const spec = recoloured(clone(shown));
     const place = document.getElementById(figure.id);
     await Plotly.react(place, spec.data, spec.layout, page.config);
+    const view = viewSelect(figure);
+    if (view) {
+      view.disabled = Boolean(figure.variants && figure.variants[state.domain]);
+      if (!view.disabled) await Plotly.update(place, ...figure.views[Number(view.value)].args);
+    }
     place.dataset.drawn = "1";
   }
 
@@ -119,6 +129,10 @@
       say();
       redraw((figure) => figure.variants || figure.of);
     });
+  }
+  for (const figure of page.figures) {
+    const select = viewSelect(figure);
+    if (select) select.addEventListener("change", () => draw(figure));
   }
   for (const id of ["choose-layer", "choose-order"]) {
     const select = document.getElementById(id);
