@@ -223,6 +223,12 @@ def profile(
     coactivation: Annotated[
         bool, typer.Option("--coactivation", help="Also count which experts are chosen together.")
     ] = False,
+    token_sample: Annotated[
+        bool,
+        typer.Option(
+            help="Keep the text and distributions of one prompt's first 50 tokens for the 3-D view, or keep none."
+        ),
+    ] = True,
     measure: Measure = MeasureName.frequency,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
@@ -340,6 +346,7 @@ def profile(
                     skip_long=skip_long,
                     folder=folder,
                     resume=resume,
+                    token_sample=token_sample,
                     on_tokenized=on_tokenized,
                     on_progress=on_progress,
                 )

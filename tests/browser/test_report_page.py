@@ -153,3 +153,33 @@ def test_hostile_names_and_tokens_are_shown_and_do_nothing(make_report: Maker, t
     assert not hostile_ran(opened.page)
     assert problems(opened.page) == []
     assert opened.faults == []
+
+
+def test_views_are_chosen_beside_the_figure(opened: Opened, reports: dict[str, tuple[ReportData, Path]]) -> None:
+    shown = "document.getElementById('figure-activation')._fullData.map(trace => trace.visible)"
+    assert opened.page.locator(".updatemenu-button").count() == 0
+    opened.page.select_option("#choose-view-activation", "1")
+    opened.page.wait_for_function(f"JSON.stringify({shown}) === '[false,true,false]'")
+    opened.page.click("#theme")
+    wait_drawn(opened.page)
+    opened.page.wait_for_function(f"JSON.stringify({shown}) === '[false,true,false]'")
+    opened.page.click("#theme")
+    opened.page.select_option("#choose-domain", "1")
+    assert opened.page.is_disabled("#choose-view-activation"), "a domain is shown in the report's measure"
+    assert opened.faults == []
+
+
+def test_a_comparison_is_one_page(tmp_path: Path, show: Show) -> None:
+    from builders import random_profile
+
+    from moescope.viz.comparison_data import compare_profiles
+    from moescope.viz.comparison_report import write_comparison
+
+    profiles = [random_profile(seed) for seed in (1, 2, 3)]
+    write_comparison(compare_profiles(profiles, [HOSTILE["image"], "tuned", HOSTILE["long word"]]), tmp_path)
+    for width in (1280, 1920):
+        opened = show(tmp_path / "comparison.html", width)
+        assert show_all(opened.page) == 3
+        assert problems(opened.page) == []
+        assert not hostile_ran(opened.page)
+        assert opened.faults == []

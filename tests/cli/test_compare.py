@@ -12,6 +12,7 @@ from command import Cli
 from moescope.profiler.files import load_profile, save_profile
 
 DOCUMENTED = {
+    "comparison.html",
     "comparison.json",
     "comparison_difference.html",
     "comparison_distance.html",
