@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from moescope import __version__
 from moescope.profiler.errors import MoescopeError, OptionError, OutputError
 
 if TYPE_CHECKING:
-    from moescope.profiler.profile import RoutingProfile
+    from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
     from moescope.stats.similarity import RouterSimilarity
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 _console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _MOST = 2**31 - 1
+Found = TypeVar("Found")
 #: Base of what the parser raises; typer brings its own copy of click or uses the package, by version.
 _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -408,9 +409,7 @@ def report(
 
     intervals = _intervals(periodic_intervals)
     loaded = merge_profiles(load_profile(path) for path in profiles)
-    folders = dict.fromkeys(profile.parent for profile in profiles)
-    routers = next(filter(None, (load_routers(folder, loaded.model) for folder in folders)), None)
-    sample = next(filter(None, (load_sample(folder, loaded.model) for folder in folders)), None)
+    routers, sample = _beside(load_routers, profiles, loaded), _beside(load_sample, profiles, loaded)
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force):
         structured = None if disable_structured_output else output_format
@@ -489,6 +488,7 @@ def export(
     """
     from moescope.profiler.files import load_profile
     from moescope.profiler.profile import merge as merge_profiles
+    from moescope.profiler.sidecars import load_routers
     from moescope.viz.errors import ExportError
     from moescope.viz.export import check_target
     from moescope.viz.export import export as write_export
@@ -507,6 +507,7 @@ def export(
                 intervals=intervals,
                 delta_max=delta_max,
                 routed_scaling_factor=routed_scaling_factor,
+                routers=_beside(load_routers, profiles, loaded),
             )
     except ExportError as error:
         raise OutputError(str(error)) from error
@@ -640,6 +641,14 @@ def _report(
         raise OutputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
     _print_findings(data)
     return data
+
+
+def _beside(
+    load: Callable[[Path, "ModelInfo"], Found | None], profiles: Sequence[Path], of: "RoutingProfile"
+) -> Found | None:
+    """What lies beside the first of the profiles that has it."""
+    folders = dict.fromkeys(profile.parent for profile in profiles)
+    return next((found for folder in folders if (found := load(folder, of.model)) is not None), None)
 
 
 def _tables(similarity: "RouterSimilarity", fingerprint: str | None) -> "RouterTables":

@@ -26,6 +26,7 @@ from moescope.viz.tables import NAMES, Table, metadata, tables
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
+    from moescope.profiler.sidecars import RouterTables
 
 ExportFormat = Literal["json", "jsonl", "pickle", "csv", "xlsx", "parquet", "parity", "tensorboard"]
 
@@ -66,6 +67,7 @@ def export(
     intervals: Sequence[int] | None = None,
     delta_max: int = 30,
     routed_scaling_factor: float | None = None,
+    routers: "RouterTables | None" = None,
 ) -> Exported:
     """Write a profile and its statistics in another format; the output appears whole or not at all.
 
@@ -81,6 +83,7 @@ def export(
         intervals: Distances Δ of the periodic patterns; None takes the defaults.
         delta_max: Largest Δ of the correlation matrix.
         routed_scaling_factor: See `parity_data`; for that format alone.
+        routers: Router weights that were compared, for the structured data; see `moescope.profiler.sidecars`.
 
     Raises:
         ExportError: The output exists, an optional package is missing, the profile does not hold what is asked for,
@@ -97,13 +100,19 @@ def export(
 
     if export_format == "parity":
         data = parity_data(
-            profile, intervals=intervals, delta_max=delta_max, routed_scaling_factor=routed_scaling_factor
+            profile,
+            intervals=intervals,
+            delta_max=delta_max,
+            routed_scaling_factor=routed_scaling_factor,
+            routers=routers,
         )
         with _whole(path) as temporary:
             temporary.write_bytes(encode(data, "json"))
         return Exported(path)
     try:
-        report = analyze(profile, measure=measure or "frequency", intervals=intervals, delta_max=delta_max)
+        report = analyze(
+            profile, measure=measure or "frequency", intervals=intervals, delta_max=delta_max, routers=routers
+        )
     except ValueError as error:
         raise ExportError(f"--measure {measure}: {error}") from error
     with _whole(path, FOLDERS.get(export_format)) as temporary:

@@ -15,15 +15,16 @@ from moescope.stats.activation import Activation
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.pairwise import by_distance
 from moescope.stats.periodicity import MODERATE, STRONG
+from moescope.stats.similarity import similarity_at_distances
 from moescope.viz.analysis import activations
 from moescope.viz.errors import ExportError
 from moescope.viz.structured import NO_VARIANCE, NO_WEIGHTS, to_strict_json
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
+    from moescope.profiler.sidecars import RouterTables
 
-INTERVALS: Final = (12, 24)
-MINIMAX_INTERVALS: Final = (12, 24, 36)
+INTERVALS: Final = (12, 24, 36)
 
 
 def parity_data(
@@ -32,15 +33,17 @@ def parity_data(
     intervals: Sequence[int] | None = None,
     delta_max: int = 30,
     routed_scaling_factor: float | None = None,
+    routers: "RouterTables | None" = None,
 ) -> dict[str, Any]:
     """The documented `analysis_data.json` with the earlier tool's definitions, each named under `definitions`.
 
     Args:
         profile: A checked profile.
-        intervals: Distances Δ of the periodic patterns; None takes 12 and 24, and 36 for MiniMax models.
+        intervals: Distances Δ of the periodic patterns; None takes 12, 24 and 36. One that no pair spans is left out.
         delta_max: Largest Δ of the correlation matrix.
         routed_scaling_factor: What the model multiplies its routing weights with, which a profile does not hold; None
             is 1. Sigmoid routers only.
+        routers: Router weights that were compared, or None.
 
     Returns:
         A tree of dict, list, str, int, finite float, bool and None.
@@ -50,8 +53,7 @@ def parity_data(
     """
     matrix, definition = _matrix(profile, routed_scaling_factor)
     model = profile.model
-    minimax = model.architecture.startswith("MiniMax")
-    chosen = tuple(intervals) if intervals is not None else MINIMAX_INTERVALS if minimax else INTERVALS
+    chosen = tuple(intervals) if intervals is not None else INTERVALS
     activation = Activation(
         "probability", matrix, tuple(range(len(model.layers))), model.experts, model.top_k, profile.tokens
     )
@@ -107,16 +109,33 @@ def parity_data(
                 if slot + delta < len(layers)
             ],
         },
-        "periodic_patterns": {str(delta): _pattern(correlation.pairwise, delta) for delta in chosen},
-        "router_similarity": {
+        "periodic_patterns": {
+            str(delta): _pattern(correlation.pairwise, delta) for delta in chosen if delta < len(layers)
+        },
+        "router_similarity": _routers(routers, delta_max),
+    }
+    strict: dict[str, Any] = to_strict_json(data)
+    return strict
+
+
+def _routers(routers: "RouterTables | None", delta_max: int) -> dict[str, Any]:
+    """Router similarity, with distances in MoE layers."""
+    if routers is None:
+        return {
             "cosine_similarity_matrix": None,
             "column_norm_correlation": None,
             "router_layers": None,
             "reason": NO_WEIGHTS,
-        },
+        }
+    tables = (routers.cosine, routers.row_norms, routers.row_cosine)
+    places = range(len(routers.layers))
+    return {
+        "cosine_similarity_matrix": routers.cosine,
+        "column_norm_correlation": similarity_at_distances(
+            *tables, places, routers.experts, delta_max
+        ).norm_correlation,
+        "router_layers": routers.layers,
     }
-    strict: dict[str, Any] = to_strict_json(data)
-    return strict
 
 
 def _matrix(profile: "RoutingProfile", factor: float | None) -> tuple[NDArray[np.float64], dict[str, str]]:

@@ -10,6 +10,7 @@ import pytest
 from builders import random_profile
 
 from moescope.profiler.profile import LayerInfo, ModelInfo
+from moescope.profiler.sidecars import RouterTables
 from moescope.viz.errors import ExportError
 from moescope.viz.export import export
 from moescope.viz.parity import parity_data
@@ -43,7 +44,8 @@ def test_softmax_models(tmp_path: Path) -> None:
     assert pattern["all_correlations"] == pytest.approx([r[0, 3], r[1, 4]])
     assert pattern["mean_correlation"] == pytest.approx(np.mean([r[0, 3], r[1, 4]]))
     assert pattern["std_correlation"] == pytest.approx(np.std([r[0, 3], r[1, 4]]))
-    assert (pattern["num_pairs"], data["periodic_patterns"]["9"]["num_pairs"]) == (2, 0)
+    assert pattern["num_pairs"] == 2
+    assert set(data["periodic_patterns"]) == {"1", "3"}, "an interval that no pair spans was left out"
     assert {"expert_activation", "delta", "std_correlation", "strength"} <= set(data["definitions"])
     assert set(data) == {
         "metadata",
@@ -69,7 +71,20 @@ def test_sigmoid_models(factor: float | None) -> None:
     np.testing.assert_allclose(np.sum(data["expert_activation"]["matrix"], axis=1), scale)
     said = data["definitions"]["routed_scaling_factor"]
     assert said == ("given as 2.5" if factor else "not held by the profile and not given: taken as 1.0")
-    assert list(data["periodic_patterns"]) == ["12", "24"]
+    assert data["periodic_patterns"] == {}
+
+
+def test_routers_that_were_compared_are_in_it_by_distance_in_moe_layers() -> None:
+    rng = np.random.default_rng(4)
+    weights = rng.normal(size=(5, 8, 12))
+    norms = np.linalg.norm(weights, axis=2)
+    flat = weights.reshape(5, -1)
+    cosine = flat @ flat.T / np.outer(np.linalg.norm(flat, axis=1), np.linalg.norm(flat, axis=1))
+    tables = RouterTables(LAYERS, (8,) * 5, cosine, norms, np.zeros((5, 5)))
+    found = parity_data(random_profile(9, model=SIGMOID), routers=tables, delta_max=3)["router_similarity"]
+    np.testing.assert_allclose(found["cosine_similarity_matrix"], cosine)
+    assert found["column_norm_correlation"][0][1] == pytest.approx(np.corrcoef(norms)[0, 2])
+    assert found["router_layers"] == list(LAYERS)
 
 
 def test_a_constant_layer_spoils_its_interval_as_it_used_to() -> None:
