@@ -348,6 +348,7 @@ def profile(
                     folder=folder,
                     resume=resume,
                     token_sample=token_sample,
+                    left_out=left_out,
                     on_tokenized=on_tokenized,
                     on_progress=on_progress,
                 )

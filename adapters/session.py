@@ -149,6 +149,7 @@ def profile_prompts(
     folder: OutputFolder | None = None,
     resume: bool = False,
     token_sample: bool = True,
+    left_out: Sequence[str] = (),
     on_tokenized: Callable[[int, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RoutingProfile:
@@ -164,6 +165,7 @@ def profile_prompts(
         folder: Where to keep results, or None.
         resume: Go on with what an interrupted run left in `folder`.
         token_sample: Keep the distributions of one prompt's first tokens, and their text, beside the profile.
+        left_out: What reading the prompts left out, known when all are read; how many is in the run's settings.
         on_tokenized: Told prompts and tokens so far while tokenising.
         on_progress: Told after each batch.
 
@@ -204,6 +206,7 @@ def profile_prompts(
                 "max_prompt_tokens": limits.max_tokens,
                 "truncate": truncate,
                 **({"skipped_long_prompts": tokens.skipped} if skip_long else {}),
+                **({"skipped_conversations": len(left_out)} if left_out else {}),
             },
             folder=folder,
             resume=before,

@@ -171,6 +171,9 @@ def _remarks(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     long = _total(settings, "skipped_long_prompts")
     if long:
         remarks.append(f"{long:,} prompts were left out because they are too long")
+    conversations = _total(settings, "skipped_conversations")
+    if conversations:
+        remarks.append(f"conversations left out because they have no turn of the user: {conversations:,}")
     return tuple(remarks)
 
 

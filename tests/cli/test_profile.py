@@ -122,6 +122,8 @@ def test_conversations_and_parquet(cli: Cli, checkpoint: Path, tmp_path: Path) -
     assert done.code == 0
     assert "Left out 2 conversations without a turn of the user (first: a.json, item 1)." in done.err
     assert load_profile("out/profile.safetensors").tokens == len("user: Hi\n") + len("abc")
+    summary = Path("out/summary_report.txt").read_text(encoding="utf-8")
+    assert "conversations left out because they have no turn of the user: 2" in summary
 
 
 def test_too_long_prompts_are_counted_and_truncated_only_if_told_to(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
