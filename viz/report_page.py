@@ -37,7 +37,7 @@ def report_page(report: ReportData, figures: Mapping[str, go.Figure]) -> Page:
         subject=subject(report),
         verdict=_verdict(report),
         facts=_facts(report),
-        notes=report.remarks,
+        notes=_notes(report),
         findings=findings(report),
         sections=_sections(report, figures),
         domains=[view.name for view in report.domains[:MOST_DOMAINS]],
@@ -68,6 +68,16 @@ def _facts(report: ReportData) -> list[tuple[str, str]]:
         ("Recorded", report.created),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
+
+
+def _notes(report: ReportData) -> list[str]:
+    notes = list(report.remarks)
+    if len(report.domains) > MOST_DOMAINS:
+        notes.append(
+            f"of {len(report.domains)} domains the {MOST_DOMAINS} with the most tokens can be chosen above; "
+            "`moescope export` has all"
+        )
+    return notes
 
 
 def _tokens(report: ReportData) -> tuple[str, Sequence[str], Sequence[Sequence[str | int]]]:
