@@ -18,7 +18,7 @@ from moescope.profiler.files import OutputFolder
 from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.prompts import Prompt, as_prompts
 from moescope.profiler.run import CHUNK, Progress, run_profile
-from moescope.profiler.sidecars import SAMPLE_TOKENS, TokenSample, choose_layers, save_sample
+from moescope.profiler.sidecars import SAMPLE_TOKENS, TokenSample, choose_layers, forget, save_sample
 from moescope.profiler.tokens import PromptLimits, TokenizedPrompts, tokenize_prompts
 
 #: Prefix of the embedded demo models, as a model's name: "demo:stacked", "demo:control".
@@ -212,8 +212,10 @@ def profile_prompts(
             resume=before,
             on_progress=on_progress,
         )
-        if folder is not None and token_sample:
-            _keep_sample(engine, tokens, folder.path)
+        if folder is not None:
+            forget(folder.path)
+            if token_sample:
+                _keep_sample(engine, tokens, folder.path)
         return done
 
 

@@ -258,7 +258,7 @@ class WorkerRecorder:
         table.start[slots] = starts + lengths
         drafts = bool(output.scheduled_spec_decode_tokens)
         if self._shown is not None and self.recorder.distributions is not None:
-            seen = self.recorder.distributions[:, : len(self._upcoming)].cpu()
+            seen = self.recorder.distributions[:, : len(self._upcoming)].to("cpu", copy=True)
             self._shown.append((positions[self._upcoming], seen))
         step = _Step(getattr(output, NOTE).step, rows, positions, cells, drafts, self._upcoming)
         self._steps.append(step)

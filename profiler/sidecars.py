@@ -1,6 +1,8 @@
 """What lies beside a profile in a run's folder for the report alone: a look at some tokens, and routers compared."""
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +111,9 @@ def load_sample(folder: Path, model: ModelInfo) -> TokenSample | None:
     ids, values = arrays["token_ids"], arrays["probabilities"]
     texts = about.get("texts")
     fits = (
-        ids.ndim == 1
+        ids.dtype == np.int32
+        and values.dtype == np.float32
+        and ids.ndim == 1
         and values.shape == (len(layers), len(ids), max(experts, default=0))
         and isinstance(texts, list)
         and len(texts) == len(ids) <= SAMPLE_TOKENS
@@ -119,7 +123,7 @@ def load_sample(folder: Path, model: ModelInfo) -> TokenSample | None:
     if not fits:
         raise ProfileError(f"{folder / SAMPLE_NAME} is damaged: its parts do not fit together")
     kept = tuple(str(text) for text in texts or ())
-    return TokenSample(layers, experts, ids.astype(np.int32), kept, values.astype(np.float32), model.fingerprint)
+    return TokenSample(layers, experts, ids, kept, values, model.fingerprint)
 
 
 def load_routers(folder: Path, model: ModelInfo) -> RouterTables | None:
@@ -135,10 +139,17 @@ def load_routers(folder: Path, model: ModelInfo) -> RouterTables | None:
     layers, experts = _layers(about, folder / ROUTERS_NAME, model)
     depth = len(layers)
     shapes = {"cosine": (depth, depth), "row_norms": (depth, max(experts, default=0)), "row_cosine": (depth, depth)}
-    if layers != model.layer_indices or any(arrays[name].shape != shape for name, shape in shapes.items()):
+    alike = all(arrays[name].shape == shape and arrays[name].dtype == np.float64 for name, shape in shapes.items())
+    if layers != model.layer_indices or not alike:
         raise ProfileError(f"{folder / ROUTERS_NAME} is damaged: its parts do not fit together")
-    tables = {name: arrays[name].astype(np.float64) for name in shapes}
-    return RouterTables(layers, experts, **tables, fingerprint=model.fingerprint)
+    return RouterTables(layers, experts, **{name: arrays[name] for name in shapes}, fingerprint=model.fingerprint)
+
+
+def forget(folder: Path) -> None:
+    """Remove what an earlier run left beside the profile that another has replaced."""
+    for name in (SAMPLE_NAME, ROUTERS_NAME):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _save(
@@ -161,8 +172,10 @@ _ARRAYS: Final = {
 
 
 def _load(path: Path, kind: str, model: ModelInfo) -> tuple[dict[str, Any], dict[str, NDArray[Any]]] | None:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    if not path.is_file():
+        raise ProfileError(f"{path} is not a file; remove it, or record again")
     try:
         with safe_open(path, framework="numpy") as reader:
             text = (reader.metadata() or {}).get(_KEY, "")
@@ -170,7 +183,7 @@ def _load(path: Path, kind: str, model: ModelInfo) -> tuple[dict[str, Any], dict
             if not isinstance(about, dict) or about.get("kind") != kind:
                 raise ProfileError(f"{path} holds no {kind}; remove it, or record again")
             arrays = {name: reader.get_tensor(name) for name in _ARRAYS[kind]}
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
         raise ProfileError(f"{path} is damaged ({error}); remove it, or record again") from error
     if None not in (about.get("fingerprint"), model.fingerprint) and about["fingerprint"] != model.fingerprint:
         raise ProfileError(f"{path} belongs to another model than the profile; remove it, or record again")
@@ -181,6 +194,7 @@ def _layers(about: Mapping[str, Any], path: Path, model: ModelInfo) -> tuple[tup
     """Layers and experts of a file, which must be layers of the model."""
     own = dict(zip(model.layer_indices, model.experts, strict=True))
     layers, experts = about.get("layers"), about.get("experts")
-    if not isinstance(layers, list) or [own.get(layer) for layer in layers] != experts or not layers:
+    own_layers = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    if not own_layers or not layers or [own.get(layer) for layer in layers] != experts:
         raise ProfileError(f"{path} is damaged, or belongs to another model: its layers are not the profile's")
     return tuple(layers), tuple(experts)

@@ -23,8 +23,8 @@ def activation_surface(sample: "TokenSample | None", subject: str = "") -> go.Fi
     """One surface a layer: expert across, token along, probability as height and colour.
 
     Surfaces are stacked with an offset; colour (up to the 99.5th percentile) and hover text give the probability
-    itself. Of more than 64 experts the
-    64 with the highest mean probability over the tokens and layers shown are drawn, in the order of their indices.
+    itself. Of more than 64 experts the 64 with the highest mean probability over the tokens and layers shown are drawn,
+    in the order of their indices.
 
     Args:
         sample: What to show; None where none was kept.
@@ -38,7 +38,7 @@ def activation_surface(sample: "TokenSample | None", subject: str = "") -> go.Fi
     values = values[:, :, chosen]
     step = float(values.max()) * (1 + GAP)
     brightest = float(np.percentile(values, COLOUR_PERCENTILE))
-    tokens = [f"{row} {theme.plain(text.strip())[:LONGEST_TOKEN]}".rstrip() for row, text in enumerate(sample.texts)]
+    tokens = [f"{row} {theme.plain(text.strip()[:LONGEST_TOKEN])}".rstrip() for row, text in enumerate(sample.texts)]
     depth = len(sample.layers)
     for place, layer in enumerate(sample.layers):
         figure.add_trace(

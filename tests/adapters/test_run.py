@@ -20,6 +20,7 @@ from moescope.profiler.errors import EngineError, InvariantError, OptionError, O
 from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder, load_profile
 from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.run import Interrupted, Progress
+from moescope.profiler.sidecars import SAMPLE_NAME
 
 PROMPTS = [
     {
@@ -104,7 +105,7 @@ def test_an_interrupted_run_resumes_to_the_same_profile(model: Any, tmp_path: Pa
     resumed = profile(model, output_dir=folder, resume=True)
     assert_equal(resumed, whole)
     assert resumed.runs[0].uuid == kept.runs[0].uuid
-    assert sorted(os.listdir(folder)) == [PROFILE_NAME]
+    assert sorted(os.listdir(folder)) == [PROFILE_NAME, SAMPLE_NAME]
     with pytest.raises(ProfileError, match="more than one"):
         moescope.merge([kept, resumed])
 
@@ -300,7 +301,7 @@ def test_an_existing_folder_needs_force(model: Any, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists and is not empty; choose another folder, or --force"):
         profile(model, output_dir=tmp_path)
     profile(model, output_dir=tmp_path, force=True)
-    assert sorted(os.listdir(tmp_path)) == ["mine.txt", PROFILE_NAME]
+    assert sorted(os.listdir(tmp_path)) == ["mine.txt", PROFILE_NAME, SAMPLE_NAME]
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file; --output-dir needs a folder"):
         profile(model, output_dir=tmp_path / "file")

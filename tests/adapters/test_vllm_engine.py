@@ -146,6 +146,63 @@ def test_router_weights_and_identity(qwen: Kept) -> None:
     assert qwen.engine.model.scoring == other.model.scoring
 
 
+def test_distributions_are_those_of_transformers_and_are_not_counted(qwen: Kept) -> None:
+    """A prompt that comes in three chunks, one token, and what was counted before and is counted after."""
+    requests = qwen.requests(12, seed=21)
+    before = qwen.engine.run(requests, GREEDY, 0).sums.parts[0]
+    rng = np.random.default_rng(22)
+    for length in (150, 64, 50, 1):
+        assert qwen.assert_distributions_equal(rng.integers(6, 128, length).astype(np.int32), length) == length
+    assert qwen.engine._collect("").tokens.sum() == 0
+    done = qwen.engine.run(requests, GREEDY, 0)
+    qwen.assert_equal(requests, done.sums.parts[0])
+    for name, array in before.arrays().items():
+        other = done.sums.parts[0].arrays()[name]
+        exact = name not in ("weight_sums", "probability_sums")  # these round by what shares a batch
+        np.testing.assert_allclose(other, array, rtol=0, atol=0 if exact else 2**24 * 1e-3)
+
+
+def test_what_was_counted_outlives_a_look_at_tokens(qwen: Kept) -> None:
+    from vllm import SamplingParams
+
+    qwen.engine._call("reset")
+    qwen.engine._call("switch", True)
+    params = SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False, extra_args={DOMAIN_KEY: 1, SPLIT_KEY: 2})
+    qwen.engine.llm.generate([{"prompt_token_ids": [9, 8, 7, 6, 7]}], [params], use_tqdm=False)
+    qwen.engine._wait_until_settled()
+    qwen.assert_distributions_equal(np.arange(10, 60, dtype=np.int32), 50)
+    tokens = qwen.engine._collect("").tokens
+    assert (tokens[1, 0, 2], tokens[1, 1, 2], tokens.sum()) == (5, 3, 8)
+
+
+def test_a_small_buffer_gives_the_tokens_from_the_first_on(qwen: Kept) -> None:
+    """As where a sample of the rows is recorded: of a prompt in chunks the buffer holds the first rows of each."""
+    ids = np.random.default_rng(23).integers(6, 128, 150).astype(np.int32)
+    qwen.engine.llm.collective_rpc(_resize, args=(17,))
+    try:
+        assert qwen.assert_distributions_equal(ids) == 17
+        assert qwen.assert_distributions_equal(ids[:10]) == 10
+    finally:
+        qwen.engine.llm.collective_rpc(_resize, args=(None,))
+    assert qwen.assert_distributions_equal(ids) == 150
+    requests = qwen.requests(6, seed=24)
+    qwen.assert_equal(requests, qwen.engine.run(requests, GREEDY, 0).sums.parts[0])
+
+
+def _resize(worker: Any, rows: int | None) -> None:
+    recorder = worker.moescope_recorder.recorder
+    size = recorder.capacity if rows is None else rows
+    recorder.sample = recorder.sample.new_full((size,), -1)
+    recorder.distributions = recorder.distributions.new_zeros((len(recorder.layers), size, recorder.experts))
+
+
+def test_no_distributions_where_none_are_recorded(qwen: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen.engine, "probabilities", False)
+    qwen.outputs = []
+    assert qwen.engine.distributions(np.arange(10, 20, dtype=np.int32)) is None
+    assert qwen.outputs == [], "nothing is run"
+
+
 def test_a_layer_that_stages_nothing_is_found(qwen: Kept) -> None:
     """Last in this file: the engine is not whole afterwards."""
     requests = qwen.requests(5, seed=8)
@@ -196,6 +253,8 @@ def test_counts_equal_transformers(
         sums = done.sums.parts[0]
         if not cached:
             kept.assert_equal(requests, sums)
+            ids = np.random.default_rng(12).integers(6, 128, 100).astype(np.int32)
+            assert kept.assert_distributions_equal(ids, 100) == 100
             done = kept.engine.run(requests, GREEDY, 1)
             kept.assert_equal(requests, done.sums.parts[0])
             return
@@ -205,3 +264,6 @@ def test_counts_equal_transformers(
         lengths = sum(len(request.token_ids) for request in requests) - skipped
         lengths += sum(len(output.outputs[0].token_ids) - 1 for output in kept.outputs)
         assert sums.tokens.sum() == lengths
+        ids = np.random.default_rng(12).integers(6, 128, 100).astype(np.int32)
+        assert kept.assert_distributions_equal(ids) == 100
+        assert kept.engine.distributions(ids) is None, "its first tokens come from the cache and are not routed"

@@ -229,6 +229,7 @@ def _worker(rows: int) -> WorkerRecorder:
     worker._order, worker._order_slots = [], np.zeros(0, np.int64)
     worker._uploaded, worker._upcoming = None, np.zeros(0, np.int64)
     worker._armed = worker._on = True
+    worker._shown = None
     worker._error, worker._verified = None, {}
     worker._requests = worker._skipped = worker._counted = 0
     worker._lock = threading.Lock()
@@ -263,3 +264,26 @@ def test_a_wrong_length_is_found() -> None:
     with pytest.raises(AssertionError):
         simulation.run()
     assert "request 3" in (simulation.worker._error or "")
+
+
+def test_the_first_rows_rather_than_a_sample() -> None:
+    """As many as the buffer holds; the next draw is a sample again."""
+    layers = [LayerInfo(0, 4, 2)]
+    shape: dict[str, Any] = {"scoring": "softmax", "scales": [1.0], "capacity": 256, "domains": 1}
+    recorder = StagedRecorder(layers, **shape, share=1 / 64, seed=1)
+    assert recorder.sample is not None
+    room = len(recorder.sample)
+    for rows in (1, 5, room, room + 1, 256):
+        chosen = recorder.choose_first(rows)
+        assert chosen.tolist() == list(range(min(rows, room)))
+        assert recorder.sample.tolist() == chosen.tolist() + [-1] * (room - len(chosen))
+    logits = torch.randn(5, 4)
+    recorder.choose_first(5)
+    recorder.stage_distributions(0, logits)
+    assert recorder.distributions is not None
+    torch.testing.assert_close(recorder.distributions[0, :5], logits.softmax(-1))
+    drawn = recorder.choose_sample(256)
+    assert recorder.sample[: len(drawn)].tolist() == drawn.tolist() != list(range(len(drawn)))
+    assert recorder.peek().tokens.sum() == 0
+    off = StagedRecorder(layers, **shape)
+    assert off.choose_first(7).tolist() == []

@@ -21,14 +21,17 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTED = {
     "analysis_data.json",
     "analysis_summary.json",
+    "expert_activation_3d.html",
     "expert_activation_heatmap.html",
     "layer_correlation_matrix.html",
     "periodic_pattern_analysis.html",
     "periodic_pattern_analysis_detailed.html",
+    "report.html",
     "router_norm_correlation.html",
     "router_similarity_matrix.html",
     "summary_report.txt",
 }
+BESIDE = {PROFILE_NAME, "plotly.min.js", "router_similarity.safetensors", "token_sample.safetensors"}
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_profile_writes_the_documented_files(cli: Cli, checkpoint: Path, prompts
     done = cli("profile", prompts, "--model", checkpoint, "--max-tokens", 5, "--output-dir", "out")
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == f"Wrote {Path('out') / PROFILE_NAME} and the report beside it"
-    assert {file.name for file in (tmp_path / "out").iterdir()} == DOCUMENTED | {PROFILE_NAME, "plotly.min.js"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == DOCUMENTED | BESIDE
     profile = load_profile("out/profile.safetensors")
     assert profile.domains == ("code", "dialogue", "prose")
     assert profile.token_counts[:, 0].tolist() == [

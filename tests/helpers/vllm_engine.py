@@ -57,6 +57,19 @@ class Kept:
             scale=SCALES[self.family],
         )
 
+    def assert_distributions_equal(self, token_ids: np.ndarray, least: int = 1) -> int:
+        """The engine's distributions of a prompt are transformers' for the same ids; returns how many tokens it saw."""
+        seen = self.engine.distributions(token_ids)
+        assert seen is not None
+        routing = reference.route(self.model, token_ids.tolist())
+        assert list(self.engine.model.layer_indices) == sorted(routing.logits)
+        assert seen.dtype == np.float32
+        assert least <= seen.shape[1] <= len(token_ids)
+        for slot, layer in enumerate(sorted(routing.logits)):
+            expected = reference.distribution(routing.logits[layer], self.engine.model.scoring)
+            np.testing.assert_allclose(seen[slot], expected[: seen.shape[1]], rtol=1e-4, atol=1e-5)
+        return seen.shape[1]
+
     def assert_equal(self, requests: list[Request], sums: Any, domains: int = 3) -> None:
         """Counts equal, weights and distributions close to the independent count."""
         expected = self.reference(requests, domains)

@@ -92,7 +92,7 @@ def test_correlation_by_distance() -> None:
     assert "routing weight share" in figure.layout.title.text
     assert list(trace.x) == list(range(1, 11))
     assert list(trace.y) == ["1", "3", "5", "9", "10", "11"]
-    np.testing.assert_array_equal(trace.z, correlation.matrix[:, :10])
+    np.testing.assert_allclose(trace.z, correlation.matrix[:, :10], rtol=1e-6)
     assert np.isfinite(trace.z).sum() == 15
     assert trace.customdata[1][7] == 11
     assert (trace.zmin, trace.zmid, trace.zmax) == (-1, 0, 1)
@@ -133,7 +133,7 @@ def test_router_cosine_is_square_and_keeps_weak_colours_visible() -> None:
     (trace,) = figure.data
     assert axes(figure) == ("Layer index", "Layer index")
     assert list(trace.x) == list(trace.y) == ["1", "3", "5", "9", "10", "11"]
-    np.testing.assert_array_equal(trace.z, similarity.cosine)
+    np.testing.assert_allclose(trace.z, similarity.cosine, rtol=1e-6)
     largest = np.abs(similarity.cosine - np.eye(6)).max()
     assert trace.zmax == -trace.zmin == pytest.approx(max(0.05, largest))
     assert trace.zmax < 0.5
@@ -145,8 +145,8 @@ def test_router_norms_and_rows() -> None:
     figure = router_norm_heatmap(similarity)
     assert axes(figure) == ("Layer distance Δ (model layers)", "Starting layer index")
     assert [trace.name for trace in figure.data] == ["norm correlation", "mean row cosine"]
-    np.testing.assert_array_equal(figure.data[0].z, similarity.norm_correlation[:, :10])
-    np.testing.assert_array_equal(figure.data[1].z, similarity.row_cosine[:, :10])
+    np.testing.assert_allclose(figure.data[0].z, similarity.norm_correlation[:, :10], rtol=1e-6)
+    np.testing.assert_allclose(figure.data[1].z, similarity.row_cosine[:, :10], rtol=1e-6)
     assert [button.label for button in figure.layout.updatemenus[0].buttons] == ["Norm correlation", "Mean row cosine"]
 
 

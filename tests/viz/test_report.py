@@ -31,7 +31,9 @@ FIGURES = [
     "periodic_pattern_analysis_detailed.html",
     "router_similarity_matrix.html",
     "router_norm_correlation.html",
+    "expert_activation_3d.html",
 ]
+PAGES = ["report.html", *FIGURES]
 TEXTS = ["summary_report.txt", "analysis_data.json", "analysis_summary.json"]
 HOSTILE = '</script><script>alert(1)</script><b>&amp; "quoted" $title ${title}'
 
@@ -70,8 +72,8 @@ def parse(page: Path) -> Tags:
 
 def test_the_documented_files_and_nothing_else(make_report: Maker, tmp_path: Path) -> None:
     written = write_report(make_report(), tmp_path / "new" / "folder")
-    assert written == [tmp_path / "new" / "folder" / name for name in FIGURES + TEXTS]
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted([*FIGURES, *TEXTS, LIBRARY])
+    assert written == [tmp_path / "new" / "folder" / name for name in PAGES + TEXTS]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted([*PAGES, *TEXTS, LIBRARY])
 
 
 def test_plotly_lies_once_beside_small_pages_and_nothing_comes_from_elsewhere(
@@ -95,7 +97,7 @@ def test_pages_do_not_offer_to_upload(make_report: Maker, tmp_path: Path) -> Non
 
 
 def test_structured_data_can_be_left_out(make_report: Maker, tmp_path: Path) -> None:
-    assert [path.name for path in write_report(make_report(), tmp_path, structured=False)] == [*FIGURES, TEXTS[0]]
+    assert [path.name for path in write_report(make_report(), tmp_path, structured=False)] == [*PAGES, TEXTS[0]]
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -111,7 +113,7 @@ def test_a_second_report_replaces_the_first(make_report: Maker, tmp_path: Path) 
 def test_the_same_report_gives_the_same_bytes(make_report: Maker, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write_report(make_report(), tmp_path / folder)
-    for name in FIGURES + TEXTS:
+    for name in PAGES + TEXTS:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
