@@ -1,8 +1,10 @@
 """What stands out in a profile, in sentences with their numbers."""
 
+from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moescope.stats.periodicity import MODERATE, STRONG
 from moescope.viz.activation import NAMES
@@ -22,15 +24,9 @@ def findings(report: ReportData) -> list[str]:
 
 def _periods(report: ReportData) -> str:
     """The distances whose mean correlation is highest, against all others."""
-    correlation = report.correlation
-    finite = np.isfinite(correlation.matrix)
-    pairs = finite.sum(axis=0)
-    usable = np.flatnonzero(pairs >= 2)
-    if not len(usable):
+    shown = _by_mean(report.correlation.matrix, report.correlation.deltas)
+    if not shown:
         return "No distance is spanned by two comparable pairs of layers: periods cannot be measured."
-    means = np.where(finite, correlation.matrix, 0.0)[:, usable].sum(axis=0) / pairs[usable]
-    order = np.argsort(-means, kind="stable")
-    shown = [(correlation.deltas[usable[i]], float(means[i]), int(pairs[usable[i]])) for i in order]
     others = [mean for _, mean, _ in shown if mean <= MODERATE]
     high = [entry for entry in shown if entry[1] > MODERATE]
     name = NAMES[report.measure]
@@ -68,17 +64,24 @@ def _routers(report: ReportData) -> str:
     similarity = report.router_similarity
     if similarity is None:
         return ""
-    finite = np.isfinite(similarity.row_cosine)
+    shown = _by_mean(similarity.row_cosine, similarity.deltas)
+    if not shown:
+        return ""
+    delta, mean, _ = shown[0]
+    return (
+        f"Router rows of the same expert are most alike at Δ = {delta}: mean cosine {mean:+.3f}, against "
+        f"{median(value for _, value, _ in shown):+.3f} at the median distance."
+    )
+
+
+def _by_mean(matrix: NDArray[np.float64], deltas: Sequence[int]) -> list[tuple[int, float, int]]:
+    """Distances that two pairs of layers span at least, the highest mean first: Δ, mean, pairs."""
+    finite = np.isfinite(matrix)
     pairs = finite.sum(axis=0)
     usable = np.flatnonzero(pairs >= 2)
-    if not len(usable):
-        return ""
-    means = np.where(finite, similarity.row_cosine, 0.0)[:, usable].sum(axis=0) / pairs[usable]
-    best = int(np.argmax(means))
-    return (
-        f"Router rows of the same expert are most alike at Δ = {similarity.deltas[usable[best]]}: mean cosine "
-        f"{means[best]:+.3f}, against {float(np.median(means)):+.3f} at the median distance."
-    )
+    means = np.where(finite, matrix, 0.0)[:, usable].sum(axis=0) / pairs[usable]
+    order = np.argsort(-means, kind="stable")
+    return [(deltas[usable[i]], float(means[i]), int(pairs[usable[i]])) for i in order]
 
 
 def _amount(report: ReportData) -> str:
