@@ -495,6 +495,8 @@ def export(
     from moescope.viz.export import export as write_export
 
     intervals = _intervals(periodic_intervals)
+    if export_format is ExportFormat.xlsx and output.suffix.lower() != ".xlsx":
+        raise OptionError(f"--output {output}: Excel opens files whose name ends in .xlsx; write -o {output}.xlsx")
     try:
         check_target(output, export_format.value, force=force)
         loaded = merge_profiles(load_profile(path) for path in profiles)
@@ -666,17 +668,21 @@ def _tables(similarity: "RouterSimilarity", fingerprint: str | None) -> "RouterT
 
 
 def _print_findings(data: "ReportData") -> None:
+    from moescope.viz.findings import short_run
+
     spread = ", ".join(f"{name} {count:,}" for name, count in data.tokens_by_phase.items())
     typer.echo(f"{data.tokens:,} tokens ({spread}); selections are k·T in every one of {len(data.layers)} layers")
     for remark in data.remarks:
         typer.echo(remark)
     for pattern in data.periodic.patterns:
         if pattern.num_pairs:
-            typer.echo(
-                f"  Δ = {pattern.delta:<3} mean r = {pattern.mean:+.2f} over {pattern.num_pairs} "
-                f"{'pair' if pattern.num_pairs == 1 else 'pairs'} of layers "
-                f"({pattern.strength})"
-            )
+            pairs = "pair" if pattern.num_pairs == 1 else "pairs"
+            found = f"mean r = {pattern.mean:+.2f} over {pattern.num_pairs} {pairs} of layers ({pattern.strength})"
+        else:
+            found = "not measurable: no two layers that can be compared lie so far apart"
+        typer.echo(f"  Δ = {pattern.delta:<3} {found}")
+    if data.tokens and short_run(data):
+        typer.echo(short_run(data))
 
 
 def _check_type(architecture: str, wanted: ModelType) -> None:

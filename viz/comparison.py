@@ -16,6 +16,7 @@ MOST_NOISE_LINES = 4
 """With more comparisons than this, one line shows the highest noise of all of them."""
 LONGEST_LABEL = 40
 DASHES = ("solid", "longdash", "dashdot")
+SYMBOLS = ("circle", "diamond-open", "square", "x")
 
 NO_TOKENS = "One side of every comparison has no tokens: there is nothing to compare."
 
@@ -64,7 +65,7 @@ def distance_lines(pairs: Sequence[ComparedPair], subject: str = "") -> go.Figur
         for trace in _noise_lines(measured, view):
             figure.add_trace(trace)
     figure.update_yaxes(rangemode="tozero")
-    figure.update_layout(showlegend=True, legend={"itemsizing": "constant", "tracegroupgap": 0})
+    figure.update_layout(showlegend=True, legend={"tracegroupgap": 0, "itemwidth": 50})
     theme.add_view_buttons(
         figure,
         [name.rsplit(" (", 1)[0] for name in views.values()],
@@ -132,7 +133,7 @@ def _distance_line(pair: ComparedPair, index: int, view: str) -> go.Scatter:
         legendgroup=str(index),
         mode="lines+markers",
         line={"color": _colour(index), "width": 2, "dash": DASHES[index // len(theme.LINE_COLOURS) % len(DASHES)]},
-        marker={"size": 6},
+        marker={"size": 7, "symbol": SYMBOLS[index // len(theme.LINE_COLOURS) % len(SYMBOLS)]},
         hovertemplate=(
             f"{_hover(pair.other.name)}, layer %{{x}}<br>%{{y:.4~g}}<br>noise %{{customdata[0]:.4~g}}<br>"
             "%{customdata[1]:.3~g} × noise<br>Pearson r %{customdata[2]:.4f}<extra></extra>"

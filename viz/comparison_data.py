@@ -295,8 +295,8 @@ def _model_remarks(profiles: Sequence["RoutingProfile"], names: tuple[str, ...])
             )
         elif _prompts(first) == _prompts(profile):
             remarks.append(
-                f"{names[0]} and {name} ran the same prompts: their draw adds nothing to this distance, so a ratio far "
-                "below 1 is what equal models show"
+                f"{names[0]} and {name} ran the same prompts: their draw adds nothing to this distance, and the noise "
+                "is overstated"
             )
     return remarks
 

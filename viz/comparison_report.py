@@ -67,6 +67,13 @@ def write_comparison(data: ComparisonData, folder: Path | str) -> list[Path]:
     return [folder / name for name in (PAGE_NAME, *figures, *texts)]
 
 
+def _page_findings(data: ComparisonData) -> list[str]:
+    """One item a comparison: all of a few, one line each of many."""
+    if len(data.pairs) > MOST_IN_FULL:
+        return [_in_one_line(pair) for pair in data.pairs]
+    return ["; ".join(line.strip() for line in pair_findings(pair)).replace(":; ", ": ") for pair in data.pairs]
+
+
 def _page(data: ComparisonData, figures: Mapping[str, go.Figure]) -> Page:
     """The comparison as one page."""
     tall = max((len(pair.result.layers) for pair in data.pairs), default=0)
@@ -78,7 +85,7 @@ def _page(data: ComparisonData, figures: Mapping[str, go.Figure]) -> Page:
         verdict=None,
         facts=facts,
         notes=data.remarks,
-        findings=[line.strip() for pair in data.pairs[:MOST_IN_FULL] for line in pair_findings(pair)],
+        findings=_page_findings(data),
         sections=[
             Section(
                 "difference",

@@ -38,7 +38,7 @@ def _periods(report: ReportData) -> str:
         )
     listed = ", ".join(f"Δ = {delta} ({mean:+.2f} over {count} pairs)" for delta, mean, count in high[:4])
     more = f" and {len(high) - 4} more" if len(high) > 4 else ""
-    rest = f"; all other distances have at most {max(others):+.2f}" if others else ""
+    rest = f"; at every other distance the mean is {max(others):+.2f} or lower" if others else ""
     strength = "strongly" if high[0][1] > STRONG else "moderately"
     return (
         f"Expert use of layers is {strength} correlated at {listed}{more}{rest}. Whether that is more than chance "
@@ -86,14 +86,23 @@ def _by_mean(matrix: NDArray[np.float64], deltas: Sequence[int]) -> list[tuple[i
 
 def _amount(report: ReportData) -> str:
     """How much the counts can carry."""
-    each = [load.selections / load.experts for load in report.loads if load.experts]
-    if not each:
+    return short_run(report) or (
+        f"{report.tokens:,} tokens give {_selections(report):,.0f} selections an expert on average."
+    )
+
+
+def short_run(report: ReportData) -> str:
+    """A warning where the counts are too few to carry a correlation, else ""."""
+    mean = _selections(report)
+    if mean >= FEW_SELECTIONS:
         return ""
-    mean = min(each)
-    if mean < FEW_SELECTIONS:
-        return (
-            f"This is a short run: {report.tokens:,} tokens give {mean:,.0f} selections an expert on average. Below "
-            f"{FEW_SELECTIONS:,} the noise of counting hides real correlations; profile more prompts before you "
-            "conclude anything."
-        )
-    return f"{report.tokens:,} tokens give {mean:,.0f} selections an expert on average."
+    return (
+        f"This is a short run: {report.tokens:,} tokens give {mean:,.0f} selections an expert on average. Below "
+        f"{FEW_SELECTIONS:,} the noise of counting hides real correlations; profile more prompts before you "
+        "conclude anything."
+    )
+
+
+def _selections(report: ReportData) -> float:
+    """Mean selections of an expert in the layer where they are fewest."""
+    return min((load.selections / load.experts for load in report.loads if load.experts), default=0.0)

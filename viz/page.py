@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from moescope.viz import theme
 from moescope.viz.pages import CONFIG, LIBRARY, provide_library, write_text
 
-LONGEST_OPTION = 24
+LONGEST_OPTION, LONGEST_VIEW = 24, 48
+"""Characters of a domain in the bar on top, and of a view beside its figure."""
 PACKED_STEPS = 65534
 """Steps of a packed matrix; 65535 stands for a missing cell."""
 
@@ -186,7 +187,7 @@ $facts
 $notes
 </section>
 <section id="findings">
-<h2>Key findings</h2>
+<h2>Key findings$scope</h2>
 <ul class="findings">
 $findings
 </ul>
@@ -234,6 +235,7 @@ def _head(page: Page) -> str:
         verdict=verdict,
         facts="\n".join(_FACT.substitute(label=_text(label), value=_text(value)) for label, value in page.facts),
         notes=Template('<ul class="findings">$items</ul>').substitute(items=notes) if notes else "",
+        scope=" (all domains together)" if page.domains else "",
         findings="\n".join(_ITEM.substitute(text=_text(finding)) for finding in page.findings),
         contents="\n".join(_LINK.substitute(id=section.id, title=_text(section.title)) for section in page.sections),
     )
@@ -266,12 +268,13 @@ def _domain_select(domains: Sequence[str]) -> str:
 
 
 def _select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
-    made = "".join(_OPTION.substitute(value=value, text=_text(_short(text))) for value, text in options)
+    most = LONGEST_OPTION if name == "domain" else LONGEST_VIEW
+    made = "".join(_OPTION.substitute(value=value, text=_text(_short(text, most))) for value, text in options)
     return _SELECT.substitute(id=name, label=label, options=made)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_OPTION else f"{text[: LONGEST_OPTION - 1]}…"
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,9 @@ def report_page(report: ReportData, figures: Mapping[str, go.Figure]) -> Page:
         notes=_notes(report),
         findings=findings(report),
         sections=_sections(report, figures),
-        domains=[view.name for view in report.domains[:MOST_DOMAINS]],
+        domains=[view.name for view in _selectable(report)],
         table=_tokens(report),
-        footer=f"moescope {report.versions.get('moescope', '')} · recorded {report.created}",
+        footer=f"moescope {report.versions.get('moescope', '')} · recorded {_minute(report.created)}",
     )
 
 
@@ -65,9 +66,17 @@ def _facts(report: ReportData) -> list[tuple[str, str]]:
         ("Experts", by_layer([load.experts for load in report.loads], report.layers)),
         ("Tokens", f"{report.tokens:,} ({spread})"),
         ("Prompts", f"{report.prompts:,}"),
-        ("Recorded", report.created),
+        ("Recorded", _minute(report.created)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
+
+
+def _minute(created: str) -> str:
+    """A time to the minute; what is no time as it is."""
+    try:
+        return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return created
 
 
 def _notes(report: ReportData) -> list[str]:
@@ -145,8 +154,8 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
         Section(
             "tokens",
             "Token by token",
-            "The router's probabilities for the first tokens of one prompt, one surface a layer, stacked; turn it with "
-            "the mouse. Height and colour are the probability.",
+            f"The router's probabilities {_sampled(report)}, one surface a layer, stacked; turn it with the mouse. "
+            "Height and colour are the probability.",
             figures["expert_activation_3d.html"],
             720,
             page="expert_activation_3d.html",
@@ -162,8 +171,8 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
         Section(
             "correlation",
             "Layer correlation",
-            "Each cell compares the expert use of a layer with that of the layer Δ further on: a bright column means "
-            "that the pattern comes back every Δ layers. Blank cells lie past the end of the model.",
+            "Each cell compares the expert use of a layer with that of the layer Δ further on: a column of one strong "
+            "colour means that the pattern comes back every Δ layers. Grey cells lie past the end of the model.",
             correlation,
             tall,
             variants=_variants(report, lambda view: _differences(correlation_heatmap(view.correlation), correlation)),
@@ -221,7 +230,22 @@ def _layer_figure(name: str) -> go.Figure:
 
 def _variants(report: ReportData, patch: Callable[[DomainView], dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """A patch for each domain, by its place in the selector."""
-    return {str(place): patch(view) for place, view in enumerate(report.domains[:MOST_DOMAINS])}
+    return {str(place): patch(view) for place, view in enumerate(_selectable(report))}
+
+
+def _selectable(report: ReportData) -> list[DomainView]:
+    """The domains to choose from, by name."""
+    return sorted(report.domains[:MOST_DOMAINS], key=lambda view: view.name)
+
+
+def _sampled(report: ReportData) -> str:
+    sample = report.sample
+    if sample is None:
+        return "for the first tokens of one prompt"
+    return (
+        f"for {len(sample.token_ids)} tokens, the first of one prompt, in {len(sample.layers)} of the "
+        f"{len(report.layers)} MoE layers"
+    )
 
 
 def _activation_patch(view: DomainView) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from textwrap import wrap
 
 from moescope.stats.activation import LayerLoad
 from moescope.viz.activation import NAMES
+from moescope.viz.findings import short_run
 from moescope.viz.report_data import ReportData
 from moescope.viz.wording import by_layer, index_ranges
 
@@ -19,7 +20,10 @@ def summary_text(report: ReportData) -> str:
         section("Model", _model(report)),
         section("Run", _run(report)),
         section("Tokens", _tokens(report)),
-        section("Check", _check(report)),
+        section(
+            "Check",
+            _check(report) + [line for note in filter(None, [short_run(report)]) for line in field("note", note)],
+        ),
         section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
         section("Expert load", _load(report)),
     ]

@@ -29,16 +29,17 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("export_format", FORMATS)
 def test_every_format(cli: Cli, saved: Path, export_format: str) -> None:
-    arguments = ("export", "one.safetensors", "--format", export_format, "-o", "new/out")
+    name = "out.xlsx" if export_format == "xlsx" else "out"
+    arguments = ("export", "one.safetensors", "--format", export_format, "-o", f"new/{name}")
     done = cli(*arguments)
-    assert (done.code, done.out) == (0, "Wrote new/out\n"), done.err
-    assert (saved / "new" / "out").is_dir() == (export_format in FOLDERS)
+    assert (done.code, done.out) == (0, f"Wrote new/{name}\n"), done.err
+    assert (saved / "new" / name).is_dir() == (export_format in FOLDERS)
     again = cli(*arguments)
     assert again.code == 2
-    assert "out exists" in again.error
+    assert f"{name} exists" in again.error
     assert "--force" in again.error
     assert cli(*arguments, "--force").code == 0
-    assert [file.name for file in (saved / "new").iterdir()] == ["out"]
+    assert [file.name for file in (saved / "new").iterdir()] == [name]
 
 
 def test_profiles_add_up(cli: Cli, saved: Path) -> None:
@@ -67,6 +68,7 @@ def test_measure_intervals_and_distance_act(cli: Cli, saved: Path) -> None:
             "'json', 'jsonl', 'pickle', 'csv', 'xlsx', 'parquet', 'parity', 'tensorboard'",
         ),
         (["-o", "a"], "--format"),
+        (["--format", "xlsx", "-o", "a"], "write -o a.xlsx"),
         (["--format", "json"], "--output"),
         (["--format", "json", "-o", "one.safetensors"], "one.safetensors exists; choose another name, or --force"),
         (["--format", "csv", "-o", "one.safetensors"], "one.safetensors is a file"),
@@ -139,7 +141,7 @@ def test_a_full_disk_is_one_line(saved: Path, export_format: str) -> None:
     code = f"""
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-sys.argv = ["moescope", "export", "one.safetensors", "--format", {export_format!r}, "-o", "out"]
+sys.argv = ["moescope", "export", "one.safetensors", "--format", {export_format!r}, "-o", "out.xlsx"]
 from moescope.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 main()
@@ -147,7 +149,7 @@ main()
     done = subprocess.run([sys.executable, "-c", code], cwd=saved, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("moescope: cannot write out: ")
+    assert line.startswith("moescope: cannot write out.xlsx: ")
     assert {file.name for file in saved.iterdir()} == {"one.safetensors", "two.safetensors"}
 
 

@@ -37,8 +37,8 @@ def report(make_report: Maker) -> ReportData:
 
 def test_a_period(report: ReportData) -> None:
     assert findings(report)[0] == (
-        "Expert use of layers is strongly correlated at Δ = 2 (+0.85 over 2 pairs); all other distances have at most "
-        "+0.10. Whether that is more than chance needs a null model; see the number of pairs."
+        "Expert use of layers is strongly correlated at Δ = 2 (+0.85 over 2 pairs); at every other distance the "
+        "mean is +0.10 or lower. Whether that is more than chance needs a null model; see the number of pairs."
     )
 
 
@@ -55,7 +55,7 @@ def test_many_periods_are_counted_not_listed(report: ReportData) -> None:
     sentence = findings(replace(report, correlation=correlation(*columns, [-0.5, -0.25, NAN, NAN])))[0]
     assert (
         "strongly correlated at Δ = 7 (+0.80 over 2 pairs), Δ = 6 (+0.75 over 2 pairs), Δ = 5 (+0.70 over 2 pairs), "
-        "Δ = 4 (+0.65 over 2 pairs) and 3 more; all other distances have at most -0.38."
+        "Δ = 4 (+0.65 over 2 pairs) and 3 more; at every other distance the mean is -0.38 or lower."
     ) in sentence
 
 

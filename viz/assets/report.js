@@ -75,6 +75,7 @@
     const view = viewSelect(figure);
     if (view) {
       view.disabled = Boolean(figure.variants && figure.variants[state.domain]);
+      view.title = view.disabled ? "One domain is shown in the measure of the report alone" : "";
       if (!view.disabled) await Plotly.update(place, ...figure.views[Number(view.value)].args);
     }
     place.dataset.drawn = "1";
