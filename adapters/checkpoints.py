@@ -22,7 +22,9 @@ _FP8: Final = "F8_E4M3"
 _LAYER: Final = re.compile(rf"({'|'.join(map(re.escape, PREFIXES))})layers\.(0|[1-9]\d{{0,5}})\.(.+)", re.DOTALL)
 _EXPERT: Final = re.compile(r"(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
 _PACKED: Final = ("_blocks", ".qweight", ".qzeros", ".weight_packed", "_packed", ".weight_zero_point", ".absmax")
-_TELLING: Final = re.compile(r"moe|router|\.gate\.|experts(?!\.[1-9])")  # of single experts, the first will do
+_TELLING: Final = re.compile(
+    r"^(?!.*experts\.[1-9]).*(?:moe|router|expert|\.gate\.)"
+)  # of single experts, the first will do
 _SHOWN_NAMES: Final = 6
 
 
@@ -400,9 +402,9 @@ class _Reader:
             match = re.search(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,6})\.", name)
             if match and _TELLING.search(name):
                 layers.setdefault(int(match[1]), []).append(name)
-        seen = sorted(layers[min(layers)])[:_SHOWN_NAMES] if layers else sorted(self._shards.names)[:_SHOWN_NAMES]
+        seen = layers[min(layers)] if layers else list(self._shards.names)
         kind = shown(self._kind) or "without model_type"
-        return ModelError(f"{self._model} ({kind}) {what}; it has tensors like {', '.join(map(shown, seen))}")
+        return ModelError(f"{self._model} ({kind}) {what}; it has tensors like {_sample(seen)}")
 
     def _number(self, *fields: str) -> int:
         """A positive whole number of the config, from the first of `fields` that is there."""
@@ -455,11 +457,11 @@ class _Reader:
         if matching:
             return matching[0]
         for layout in family.layouts:
-            odd = [names[rest] for rest in names if rest == layout.router or rest.startswith(layout.experts)]
+            odd = [name for rest, name in names.items() if rest == layout.router or rest.startswith(layout.experts)]
             if odd:
                 raise ModelError(
                     f"{self._model}: layer {index} routes, but its experts have names that this reader does not know:"
-                    f" it has tensors like {', '.join(map(shown, sorted(odd)[:_SHOWN_NAMES]))}"
+                    f" it has tensors like {_sample(odd)}"
                 )
         return None
 
@@ -611,6 +613,12 @@ class _Reader:
             return _Factors(scale, expert * rows, 1, (1, columns), before)
         block = f"blocks of {list(self._block)}" if self._block else "no weight_block_size in the config"
         raise scale.refuse(f"of shape {list(scale.shape)} is no scale of shape {list(tensor.shape)} with {block}")
+
+
+def _sample(names: list[str]) -> str:
+    """Some names, those that tell most."""
+    telling = [name for name in names if _TELLING.search(name)] or names
+    return ", ".join(map(shown, sorted(telling)[:_SHOWN_NAMES]))
 
 
 def _expert_indices(layout: Layout, names: dict[str, str]) -> dict[int, str]:

@@ -209,7 +209,7 @@ class Shards:
             label = f"{self._model}/{shard}"
             header = _read_header(self._inside(shard), label)
             for name in header:
-                if self._where.get(name, shard) != shard:
+                if self._named and self._where.get(name, shard) != shard:
                     raise ModelError(
                         f"{label}: tensor {shown(name)} is here, but {_INDEX} puts it in {self._where[name]}"
                     )
