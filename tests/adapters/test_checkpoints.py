@@ -19,7 +19,7 @@ from tiny_models import FAMILY_CONFIGS, tiny_model
 from torch import Tensor, nn
 from transformers import AutoConfig, Llama4ForCausalLM, Qwen3VLMoeTextModel
 
-from moescope.adapters.checkpoints import Checkpoint, open_checkpoint, router_weights
+from moescope.adapters.checkpoints import Checkpoint, ExpertWeights, open_checkpoint, router_weights
 from moescope.adapters.layouts import CHECKPOINT_FAMILIES
 from moescope.profiler.errors import ModelError
 
@@ -837,3 +837,15 @@ def test_nan_is_left_to_the_caller(tmp_path: Path) -> None:
     tensors, _ = per_expert(QWEN)
     tensors[GATE][0, 0] = torch.nan
     assert open_checkpoint(write(tmp_path, QWEN, tensors)).rows(1, 2, "gate", 0, 1)[0, 0].isnan()
+
+
+def test_every_fp8_code_has_its_value() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    stored = codes.view(torch.float8_e4m3fn)
+    decoded = ExpertWeights(stored, stored.t(), stored[:, 3:]).float32()
+    expected = e4m3(codes.numpy())
+    expected.reshape(-1)[[127, 255]] = np.nan
+    for weights, values in zip(
+        (decoded.gate, decoded.up, decoded.down), (expected, expected.T, expected[:, 3:]), strict=True
+    ):
+        np.testing.assert_array_equal(weights.numpy(), values)
