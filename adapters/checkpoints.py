@@ -329,8 +329,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _folder(model: str | Path) -> Path:
     folder = Path(model)
-    if folder.exists():
-        return folder
+    try:
+        if folder.exists():
+            return folder
+    except OSError as error:
+        raise ModelError(f"{shown(str(model))} cannot be opened: {error.strerror}") from error
     if not isinstance(model, str) or folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise ModelError(f"No such folder: {model}")
     from huggingface_hub import snapshot_download

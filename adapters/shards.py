@@ -110,7 +110,7 @@ class StoredTensor:
 
 
 class Shards:
-    """The safetensors files of a folder.
+    """The safetensors files of a folder: `model.safetensors`, else those of the index, else all there are.
 
     Args:
         folder: The checkpoint.

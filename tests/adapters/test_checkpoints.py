@@ -689,6 +689,7 @@ def test_links_that_leave_the_folder(tmp_path: Path) -> None:
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "^No such folder: ")
+    refused("a" * 5000, "cannot be opened: File name too long")
     refused("./absent", r"^No such folder: \./absent")
     refused(tmp_path, "has no config.json")
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
