@@ -133,7 +133,7 @@ def feature_grams(left: NDArray[np.float64], right: NDArray[np.float64]) -> Pair
     if left.shape != right.shape or left.ndim != 3:
         raise ValueError(f"layers of different widths cannot be compared: {left.shape} and {right.shape}")
     first, second = _standardise(left), _standardise(right)
-    return PairGrams(left=first @ first.T, between=first @ second.T, right=second @ second.T)
+    return PairGrams(left=(first @ first.T)[None], between=(first @ second.T)[None], right=(second @ second.T)[None])
 
 
 def _standardise(features: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -184,7 +184,7 @@ def match_experts(grams: PairGrams, draws: int = DRAWS, seed: int | Sequence[int
     """
     if draws < 2:
         raise ValueError(f"needs at least 2 draws, got {draws}")
-    experts = len(grams.between)
+    experts = grams.between.shape[1]
     pair = centre(grams)
     table = np.full((experts, experts), np.nan)
     table[np.ix_(pair.rows, pair.columns)] = pair.cosine
@@ -356,13 +356,24 @@ def _best_match_null(pair: CentredPair, value: float, draws: int, generator: np.
             for cosine in [_turned(basis @ turn, left, between)]
         ]
     )
-    mean, std = float(scores.mean()), float(scores.std(ddof=1))
+    std = float(scores.std(ddof=1))
     if std <= EQUAL / len(pair.rows):
         return None
     others = (scores.sum() - scores) / (draws - 1)
     squares = (scores**2).sum() - scores**2 - (draws - 1) * others**2
     spread = np.sqrt(np.maximum(squares / max(draws - 2, 1), (1e-3 * std) ** 2))
-    return Null(value=value, mean=mean, std=std, draws=(scores - others) / spread)
+    mean = float(scores.mean())
+    gap = max(_match_within(pair.left), _match_within(pair.right)) - mean
+    error = max(gap, 0.0)
+    return Null(value=value, mean=mean + error, std=float(np.hypot(std, error)), draws=(scores - others) / spread)
+
+
+def _match_within(gram: NDArray[np.float64]) -> float:
+    """Mean cosine of the best one-to-one match of a layer with itself in which nobody is matched with itself."""
+    length = np.sqrt(np.diagonal(gram))
+    cosine = gram / np.outer(length, length)
+    np.fill_diagonal(cosine, -2.0 * len(cosine))
+    return float(cosine[linear_sum_assignment(cosine, maximize=True)].mean())
 
 
 def _turned(turn: NDArray[np.float64], left: NDArray[np.float64], between: NDArray[np.float64]) -> NDArray[np.float64]:
