@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from moescope.stats.expert_grams import CentredPair, PairGrams, centre, raw_cosine
 
@@ -169,10 +169,13 @@ def match_experts(grams: PairGrams, draws: int = DRAWS, seed: int | Sequence[int
 
     Best match: its score does not change when experts are permuted, so the null turns the experts of the first layer by
     a random rotation of the space of contrasts between experts (Haar, orthogonal to the mean), scales them to length 1
-    again and matches anew. Experts drawn independently from one Gaussian are as likely as any rotation of them. The
-    rotation keeps the singular values of the table, so a direction that all layers share, along which experts differ
-    only by how much, makes a high score under the null as well. It acts on (E, E) tables: no second look at the
-    weights.
+    again and matches anew. Experts drawn independently from one Gaussian are as likely as any rotation of them. It
+    keeps the singular values of the table, so a direction that all layers share makes a high score under the null as
+    well. It acts on (E, E) tables: no second look at the weights. Real experts are not Gaussian, and how well unrelated
+    experts of their kind do match can be seen in the layers: each is matched with itself, self-matches forbidden. Where
+    the larger of the two scores lies above the mean of the draws, the mean is raised to it and the gap counts as a
+    further error of the null, added to the spread in squares. A layer that holds every expert twice thereby has no best
+    match that passes.
 
     Args:
         grams: inner products of weights (`CrossMatch.finish`) or of features (`feature_grams`).
@@ -327,7 +330,7 @@ def _clearly_above(first: NDArray[np.float64], second: NDArray[np.float64], alph
     if len(difference) < 2:
         return False
     error = difference.std(ddof=1) / np.sqrt(len(difference))
-    return bool(difference.mean() > EQUAL + error * student.ppf(1 - alpha, len(difference) - 1))
+    return bool(difference.mean() > EQUAL + error * stdtrit(len(difference) - 1, 1 - alpha))
 
 
 def _same_index_null(table: NDArray[np.float64], draws: int, generator: np.random.Generator) -> Null | None:
@@ -369,11 +372,16 @@ def _best_match_null(pair: CentredPair, value: float, draws: int, generator: np.
 
 
 def _match_within(gram: NDArray[np.float64]) -> float:
-    """Mean cosine of the best one-to-one match of a layer with itself in which nobody is matched with itself."""
+    """Mean cosine of the best one-to-one match of a layer with itself in which nobody is matched with itself.
+
+    Centring makes the n experts of a layer sum to zero, so two of them have cosine −1/(n − 1) on average, and experts
+    of different layers 0: the difference is added.
+    """
     length = np.sqrt(np.diagonal(gram))
     cosine = gram / np.outer(length, length)
     np.fill_diagonal(cosine, -2.0 * len(cosine))
-    return float(cosine[linear_sum_assignment(cosine, maximize=True)].mean())
+    matched = cosine[linear_sum_assignment(cosine, maximize=True)].mean()
+    return float(matched) + 1.0 / (len(cosine) - 1)
 
 
 def _turned(turn: NDArray[np.float64], left: NDArray[np.float64], between: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -184,7 +184,7 @@ class SameIndex:
         centred_whole = np.where(uncentred.any(axis=0)[:, None], np.nan, whole_square)
         unusable = tuple(
             UnusableExpert(self.layers[row], int(expert), "non-finite" if non_finite[expert, row] else "zero")
-            for row, expert in np.argwhere(~(whole_square > 0).T)
+            for row, expert in np.argwhere(np.where(whole_square > 0, 0, 1).T)
         )
         return ExpertSimilarity(
             cosine=_cosine(self._raw.sum(axis=0), whole_square),
@@ -198,8 +198,17 @@ class SameIndex:
 
 
 def block_mean(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n,) float32 mean over the experts of a block (E, n) that are finite and not zero in it; zero if none is."""
-    used = np.isfinite(block).all(axis=1) & block.any(axis=1)
+    """Mean expert of a block: of the experts that are neither zero nor non-finite in it.
+
+    Args:
+        block: (E, n) float32, the same coordinates of all experts of a layer.
+
+    Returns:
+        (n,) float32; zero if no expert is usable.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.einsum("en,en->e", block, block)
+    used = np.isfinite(square) & (square > 0)
     total = (block if used.all() else block[used]).sum(axis=0, dtype=np.float64)
     mean: NDArray[np.float32] = (total / max(int(used.sum()), 1)).astype(np.float32)
     return mean
