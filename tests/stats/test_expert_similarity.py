@@ -453,6 +453,15 @@ def test_the_same_seed_gives_the_same() -> None:
     assert 0 < first.p_value <= 1
 
 
+def test_few_experts_have_few_orders() -> None:
+    weights = layer(np.random.default_rng(23), experts=4)
+    match = match_experts(pair_grams(weights, weights), draws=999)
+    assert match.same_index is not None
+    assert match.same_index.value == pytest.approx(1.0)
+    assert match.same_index.p_value == pytest.approx(1 / 24, abs=0.02)  # one of 4! orders is this one
+    assert verdict([LayerPair(0, 1, match)]).kind == "none"
+
+
 def test_what_cannot_be_measured() -> None:
     few = [layer(np.random.default_rng(seed), experts=2) for seed in range(2)]
     match = match_experts(pair_grams(*few))
