@@ -1,0 +1,221 @@
+"""All experts of a layer against all of another: inner products block by block, and the cosines they give."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.stats.expert_similarity import PARTS, Part
+
+CENTRED_NOISE = 1e-6
+"""Square of what centring leaves of an expert of length 1, below which it is float32 rounding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairGrams:
+    """Inner products of the experts of two layers.
+
+    Attributes:
+        left: (P, E, E) float64, within the first layer, by part; row and column NaN for a non-finite expert.
+        between: (P, E, E) float64, cell (e, f) is expert e of the first with expert f of the second.
+        right: (P, E, E) float64, within the second layer.
+    """
+
+    left: NDArray[np.float64]
+    between: NDArray[np.float64]
+    right: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CentredPair:
+    """Usable experts of two layers without what their layer shares, by their inner products.
+
+    Attributes:
+        left: (m, m) float64, within the first layer.
+        between: (m, n) float64, between the layers.
+        right: (n, n) float64, within the second layer.
+        rows: (m,) expert indices of the first layer.
+        columns: (n,) expert indices of the second layer.
+        cosine: (m, n) float64, cosine of the centred experts.
+    """
+
+    left: NDArray[np.float64]
+    between: NDArray[np.float64]
+    right: NDArray[np.float64]
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    cosine: NDArray[np.float64]
+
+
+class LayerGram:
+    """Sums A Aᵀ of one layer over blocks A (E, n) of all its experts. State: 3·E² float64."""
+
+    def __init__(self, experts: int) -> None:
+        """Start at zero, for E `experts`."""
+        self.coordinates = [0] * len(PARTS)
+        self._total = np.zeros((len(PARTS), experts, experts))
+        self._spoilt = np.zeros(experts, dtype=np.bool_)
+
+    def add(self, part: Part, block: NDArray[np.float32]) -> None:
+        """Add the same coordinates of every expert.
+
+        Args:
+            part: the matrix the block is of.
+            block: (E, n) float32, any size, in any order.
+
+        Raises:
+            ValueError: if the block is not of E experts.
+        """
+        row = PARTS.index(part)
+        self._spoilt |= _add_product(self._total[row], block, block)
+        self.coordinates[row] += block.shape[1]
+
+    def finish(self) -> NDArray[np.float64]:
+        """(3, E, E) float64 by part; rows and columns of experts that are not finite in any part are NaN."""
+        spoilt = self._spoilt | ~np.isfinite(_diagonal(self._total)).all(axis=0)
+        return np.where(spoilt[:, None] | spoilt[None, :], np.nan, self._total)
+
+    def within_cosine(self) -> float:
+        """Mean cosine of two different experts of the layer, not centred; NaN with fewer than two usable experts.
+
+        Experts that were all copied from one dense layer have this near 1.
+        """
+        gram = self.finish()
+        cosine = raw_cosine(PairGrams(left=gram, between=gram, right=gram))
+        apart = cosine[np.isfinite(cosine) & ~np.eye(len(cosine), dtype=np.bool_)]
+        return float(apart.mean()) if apart.size else float("nan")
+
+
+class CrossMatch:
+    """Sums C = Σ_blocks A Bᵀ over blocks A, B (E, n) of two layers. State: 3·E² float64."""
+
+    def __init__(self, experts: int) -> None:
+        """Start at zero, for E `experts` in each layer."""
+        self.coordinates = [0] * len(PARTS)
+        self._total = np.zeros((len(PARTS), experts, experts))
+
+    def add(self, part: Part, left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
+        """Add the same coordinates of every expert of both layers.
+
+        Args:
+            part: the matrix the blocks are of.
+            left: (E, n) float32, of the first layer.
+            right: (E, n) float32, of the second.
+
+        Raises:
+            ValueError: if the blocks differ in shape or are not of E experts.
+        """
+        row = PARTS.index(part)
+        _add_product(self._total[row], left, right)
+        self.coordinates[row] += left.shape[1]
+
+    def finish(self, left: LayerGram, right: LayerGram) -> PairGrams:
+        """Join the sums with those of the two layers, which are collected once a layer and not once a pair.
+
+        Raises:
+            ValueError: if the three were not given the same number of coordinates.
+        """
+        counts = (left.coordinates, self.coordinates, right.coordinates)
+        if any(count != counts[0] for count in counts):
+            raise ValueError(f"layers and their pair saw different numbers of weights: {counts}")
+        first, second = left.finish(), right.finish()
+        spoilt = np.isnan(_diagonal(first))[:, :, None] | np.isnan(_diagonal(second))[:, None, :]
+        return PairGrams(left=first, between=np.where(spoilt, np.nan, self._total), right=second)
+
+
+def raw_cosine(grams: PairGrams) -> NDArray[np.float64]:
+    """(E, E) float64 cosine of the concatenated parts as they are; NaN for unusable experts in their own cells."""
+    left, right = (np.sqrt(_diagonal(gram).sum(axis=0)) for gram in (grams.left, grams.right))
+    first, second = (np.where(length > 0, length, np.nan) for length in (left, right))
+    cosine: NDArray[np.float64] = np.clip(grams.between.sum(axis=0) / np.outer(first, second), -1.0, 1.0)
+    return cosine
+
+
+def centre(grams: PairGrams) -> CentredPair:
+    """Take away what all experts of a layer share.
+
+    Every part of every expert is first scaled to length 1 (a zero part stays zero), so that no part and no expert makes
+    up the mean by itself. Then the direction m of the layer's mean expert is projected out: ã_e = a_e − m ⟨a_e, m⟩/⟨m,
+    m⟩. Subtracting m, as `SameIndex` does, is this with ⟨a_e, m⟩ equal for all experts; where experts hold different
+    amounts of what is shared, subtraction leaves the difference, and layers that share m look alike. The ã of a layer
+    sum to zero.
+
+    All inner products of ã follow from those of a, K_a = AAᵀ, C = ABᵀ: with k_a = K_a 1/(1ᵀK_a 1),
+    ÃÃᵀ = K_a − k_a 1ᵀK_a and ÃB̃ᵀ = (I − k_a 1ᵀ) C (I − 1 k_bᵀ). Zero and non-finite experts are left out, and so are
+    experts of which nothing but the mean is left within rounding.
+    """
+    first, second = (_usable(gram) for gram in (grams.left, grams.right))
+    scale_left, scale_right = (_scale(gram) for gram in (grams.left, grams.right))
+    whole_left = (grams.left * scale_left[:, :, None] * scale_left[:, None, :]).sum(axis=0)
+    whole_right = (grams.right * scale_right[:, :, None] * scale_right[:, None, :]).sum(axis=0)
+    whole_between = (grams.between * scale_left[:, :, None] * scale_right[:, None, :]).sum(axis=0)
+    while True:
+        left, right = _kept(whole_left, first, first), _kept(whole_right, second, second)
+        from_left, from_right = _without_mean(left), _without_mean(right)
+        between = from_left @ _kept(whole_between, first, second) @ from_right.T
+        left, right = from_left @ left @ from_left.T, from_right @ right @ from_right.T
+        squares = np.diagonal(left), np.diagonal(right)
+        if all((square > CENTRED_NOISE).all() for square in squares):
+            break
+        first[np.flatnonzero(first)[squares[0] <= CENTRED_NOISE]] = False
+        second[np.flatnonzero(second)[squares[1] <= CENTRED_NOISE]] = False
+    cosine = np.clip(between / np.sqrt(np.outer(*squares)), -1.0, 1.0)
+    return CentredPair(left, between, right, np.flatnonzero(first), np.flatnonzero(second), cosine)
+
+
+def _diagonal(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(P, E) squared lengths from (P, E, E)."""
+    square: NDArray[np.float64] = np.einsum("pee->pe", gram)
+    return square
+
+
+def _usable(gram: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(E,) true where an expert is finite and not zero."""
+    usable: NDArray[np.bool_] = np.asarray(_diagonal(gram).sum(axis=0) > 0)
+    return usable
+
+
+def _scale(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(P, E) what makes each part of length 1; zero where it is zero."""
+    square = _diagonal(gram)
+    positive = square > 0
+    return np.where(positive, 1.0 / np.sqrt(np.where(positive, square, 1.0)), 0.0)
+
+
+def _kept(gram: NDArray[np.float64], rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The cells of usable experts."""
+    return np.nan_to_num(gram[np.ix_(rows, columns)])
+
+
+def _without_mean(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(m, m) matrix I − k 1ᵀ that projects a layer's mean expert out; the identity if the mean is zero."""
+    shared = gram.sum(axis=1)
+    total = shared.sum()
+    identity = np.eye(len(gram))
+    if total <= CENTRED_NOISE * np.trace(gram):
+        return identity
+    projection: NDArray[np.float64] = identity - shared[:, None] / total
+    return projection
+
+
+def _add_product(
+    total: NDArray[np.float64], left: NDArray[np.float32], right: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Add A Bᵀ to `total` (E, E), non-finite experts as zero; (E,) true for those of `left`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if left.ndim != 2 or left.shape != right.shape or len(left) != len(total):
+        raise ValueError(
+            f"layers of different widths have no cosine: {left.shape}, {right.shape}, {len(total)} experts"
+        )
+    spoilt: NDArray[np.bool_] = np.logical_not(np.isfinite(left).all(axis=1))
+    first = np.where(spoilt[:, None], np.float32(0.0), left) if spoilt.any() else left
+    second = first
+    if right is not left:
+        other = np.logical_not(np.isfinite(right).all(axis=1))
+        second = np.where(other[:, None], np.float32(0.0), right) if other.any() else right
+    with np.errstate(over="ignore", invalid="ignore"):
+        total += first @ second.T
+    return spoilt
