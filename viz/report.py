@@ -21,12 +21,13 @@ CORRELATION_PAGES = (
     "periodic_pattern_analysis.html",
     "periodic_pattern_analysis_detailed.html",
 )
+STRUCTURED_NAMES = (*(f"analysis_data{suffix}" for suffix in SUFFIXES.values()), "analysis_summary.json")
 
 
 def write_report(
     report: ReportData, folder: Path | str, *, structured: bool = True, structured_format: StructuredFormat = "json"
 ) -> list[Path]:
-    """Write the report into a folder, replacing files of the same names; each file appears whole or not at all.
+    """Write the report into a folder, replacing files of an earlier one; each file appears whole or not at all.
 
     Args:
         report: the results.
@@ -69,4 +70,7 @@ def write_report(
         write_text(folder / name, text)
     for name, content in data.items():
         write_bytes(folder / name, content)
-    return [folder / name for name in (PAGE_NAME, *figures, *texts, *data)]
+    written = [PAGE_NAME, *figures, *texts, *data]
+    for name in {*CORRELATION_PAGES, *STRUCTURED_NAMES}.difference(written):
+        (folder / name).unlink(missing_ok=True)  # an earlier report's, which this one leaves out
+    return [folder / name for name in written]

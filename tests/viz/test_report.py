@@ -110,6 +110,16 @@ def test_a_second_report_replaces_the_first(make_report: Maker, tmp_path: Path) 
     assert (tmp_path / LIBRARY).stat().st_size > 1_000_000
 
 
+def test_what_a_second_report_leaves_out_does_not_stay(make_report: Maker, tmp_path: Path) -> None:
+    write_report(make_report(), tmp_path, structured_format="jsonl")
+    (tmp_path / "notes.html").write_text("the user's own")
+    second = write_report(replace(make_report(), correlated=False), tmp_path, structured=False)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in second} | {LIBRARY, "notes.html"}
+    assert not {"layer_correlation_matrix.html", "periodic_pattern_analysis.html"} & {path.name for path in second}
+    assert "Layer correlation" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "left out" in (tmp_path / "summary_report.txt").read_text(encoding="utf-8")
+
+
 def test_the_same_report_gives_the_same_bytes(make_report: Maker, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write_report(make_report(), tmp_path / folder)
