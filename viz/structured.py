@@ -19,6 +19,7 @@ SUFFIXES: Final[Mapping[StructuredFormat, str]] = {"json": ".json", "jsonl": ".j
 
 NOT_RECORDED = "not recorded in this profile"
 NO_VARIANCE = "the variance over tokens needs the probabilities of single tokens, which are not kept"
+LEFT_OUT = "correlation and periodic patterns were left out"
 NO_WEIGHTS = "router weights were not read"
 
 
@@ -223,7 +224,7 @@ def _layer_correlation(report: ReportData) -> dict[str, Any]:
         "layer_indices": correlation.layers,
         "layer_pairs": pairs,
         "measure": correlation.kind,
-    }
+    } | ({} if report.correlated else {"reason": LEFT_OUT})
 
 
 def _pattern(pattern: PeriodicPattern, measure: str) -> dict[str, Any]:

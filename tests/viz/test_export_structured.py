@@ -261,3 +261,12 @@ def test_bare_nan_is_refused() -> None:
     for structured_format in ("json", "jsonl"):
         with pytest.raises(ValueError, match="not JSON compliant"):
             encode({"a": float("nan")}, structured_format)  # type: ignore[arg-type]
+
+
+def test_correlation_that_was_left_out_says_so() -> None:
+    data = analysis_data(analyze(random_profile(3), correlate=False))
+    jsonschema.Draft202012Validator(schema("analysis_data")).validate(data)
+    found = data["layer_correlation"]
+    assert found["reason"] == "correlation and periodic patterns were left out"
+    assert {pair["correlation"] for pair in found["layer_pairs"]} == {None}
+    assert data["periodic_patterns"] == {}
