@@ -81,7 +81,7 @@ def test_a_report_that_does_not_add_up_says_so_first(make_report: Maker, tmp_pat
 
 def test_the_domain_changes_what_is_shown(opened: Opened, reports: dict[str, tuple[ReportData, Path]]) -> None:
     report = reports["domains"][0]
-    for place, view in enumerate(report.domains):
+    for place, view in enumerate(sorted(report.domains, key=lambda view: view.name)):
         opened.page.select_option("#choose-domain", str(place))
         wait_drawn(opened.page)
         expected = view.activation.matrix
