@@ -13,11 +13,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from moescope import __version__
 from moescope.profiler.errors import InvariantError, OutputError, ProfileError
-from moescope.profiler.files import PROFILE_NAME, atomic_path, load_profile, save_profile
+from moescope.profiler.files import PROFILE_NAME, load_profile, save_profile, write_tensors
 from moescope.profiler.profile import EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
 from moescope.profiler.staged import StagedSums
 from moescope.profiler.totals import Totals
@@ -75,9 +74,8 @@ def save_part(part: Part, path: Path) -> None:
         "version": __version__,
     }
     arrays = {name: getattr(part.sums, name) for name in _FIELDS}
-    kept = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
-    with atomic_path(path) as temporary:
-        save_file(kept, temporary, metadata={_KEY: json.dumps(about)})
+    kept = {name: array for name, array in arrays.items() if array is not None}
+    write_tensors(kept, path, {_KEY: json.dumps(about)})
 
 
 def load_part(path: Path) -> Part:

@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -53,10 +54,19 @@ def save_profile(profile: RoutingProfile, path: str | os.PathLike[str]) -> None:
         OutputError: The file cannot be written.
     """
     profile.check()
-    with atomic_path(Path(path)) as temporary:
+    write_tensors(profile.arrays(), Path(path), {METADATA_KEY: header(profile)})
+
+
+def write_tensors(arrays: Mapping[str, NDArray[Any]], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one step.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with atomic_path(path) as temporary:
         try:
-            arrays = {name: np.ascontiguousarray(array) for name, array in profile.arrays().items()}
-            save_file(arrays, temporary, metadata={METADATA_KEY: header(profile)})
+            save_file(contiguous, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OutputError(f"cannot write {path}: {error}") from error
 

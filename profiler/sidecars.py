@@ -11,10 +11,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from moescope.profiler.errors import OutputError, ProfileError
-from moescope.profiler.files import atomic_path
+from moescope.profiler.errors import ProfileError
+from moescope.profiler.files import write_tensors
 from moescope.profiler.profile import ModelInfo
 
 SAMPLE_NAME: Final = "token_sample.safetensors"
@@ -155,13 +154,7 @@ def forget(folder: Path) -> None:
 def _save(
     path: Path, kind: str, fingerprint: str | None, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> Path:
-    header = json.dumps({"kind": kind, "fingerprint": fingerprint, **about})
-    plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata={_KEY: header})
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
+    write_tensors(arrays, path, {_KEY: json.dumps({"kind": kind, "fingerprint": fingerprint, **about})})
     return path
 
 

@@ -1,5 +1,6 @@
 """Do layers at a given distance favour the same expert indices?"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,14 @@ class LayerCorrelation:
     pairwise: NDArray[np.float64]
     deltas: tuple[int, ...]
     layers: tuple[int, ...]
+
+    def pairs(self) -> Iterator[tuple[int, int, int, float]]:
+        """Layer, later layer, distance and r (NaN where it is not defined) of each pair within reach, row by row."""
+        present = set(self.layers)
+        for layer, row in zip(self.layers, self.matrix.tolist(), strict=True):
+            for delta, r in zip(self.deltas, row, strict=True):
+                if layer + delta in present:
+                    yield layer, layer + delta, delta, r
 
 
 def layer_correlation(activation: Activation, delta_max: int = 30) -> LayerCorrelation:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from moescope.stats.activation import Activation
 from moescope.viz import theme
@@ -40,9 +41,14 @@ def activation_heatmap(views: Sequence[Activation], subject: str = "") -> go.Fig
     return figure
 
 
+def colour_end(matrix: NDArray[np.float64]) -> float:
+    """Value at which the colour of a view ends; 1 where nothing was recorded."""
+    finite = matrix[np.isfinite(matrix)]
+    return float(np.percentile(finite, COLOUR_PERCENTILE)) if finite.size else 1.0
+
+
 def _heatmap(view: Activation) -> go.Heatmap:
     """One view; float32 is more than a colour or a hover text can show and halves the page."""
-    finite = view.matrix[np.isfinite(view.matrix)]
     uniform = f"<br>uniform use {1 / view.experts[0]:.3%}" if len(set(view.experts)) == 1 else ""
     name = NAMES[view.kind]
     return go.Heatmap(
@@ -52,7 +58,7 @@ def _heatmap(view: Activation) -> go.Heatmap:
         name=name,
         colorscale=theme.SEQUENTIAL,
         zmin=0.0,
-        zmax=float(np.percentile(finite, COLOUR_PERCENTILE)),
+        zmax=colour_end(view.matrix),
         colorbar={"title": {"text": theme.bar_title(name)}, "tickformat": ".2~%"},
         hoverongaps=False,
         hovertemplate=f"layer %{{y}}, expert %{{x}}<br>{name} %{{z:.4~%}}{uniform}<extra></extra>",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from moescope.viz import theme
 from moescope.viz.activation import COLOUR_PERCENTILE, NAMES
 from moescope.viz.comparison_data import ComparedPair, ratio_in_words
-from moescope.viz.summary import clip
+from moescope.viz.theme import clip
 
 MOST_BARS = 20
 MOST_NOISE_LINES = 4

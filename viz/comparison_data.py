@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.activation import Activation, Measure
 from moescope.stats.comparison import Comparison, WithinRun, compare_activations, within_run
 from moescope.viz.activation import NAMES
 from moescope.viz.analysis import activations
-from moescope.viz.wording import LONGEST_NAME, by_layer
+from moescope.viz.wording import by_layer, short_name
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
@@ -226,23 +225,19 @@ def _domain_part(profile: "RoutingProfile", domain: str, *, rest: bool) -> "Rout
     """One domain, or the sum of the others under one name; sums of a profile are exact, so differences are too."""
     at = profile.domains.index(domain)
 
-    def counts(array: NDArray[np.int64], axis: int = 0) -> NDArray[np.int64]:
-        own = array.take([at], axis=axis)
+    def part(array: NDArray[Any], axis: int = 0) -> NDArray[Any]:
+        own: NDArray[Any] = array.take([at], axis=axis)
         return array.sum(axis=axis, keepdims=True) - own if rest else own
-
-    def sums(array: NDArray[np.float64]) -> NDArray[np.float64]:
-        own = array.take([at], axis=0)
-        return array.sum(axis=0, keepdims=True) - own if rest else own
 
     return replace(
         profile,
         domains=(f"all but {domain}" if rest else domain,),
-        selection_counts=counts(profile.selection_counts),
-        weight_sums=sums(profile.weight_sums),
-        token_counts=counts(profile.token_counts),
-        split_counts=counts(profile.split_counts, axis=1),
-        probability_sums=None if profile.probability_sums is None else sums(profile.probability_sums),
-        probability_tokens=None if profile.probability_tokens is None else counts(profile.probability_tokens),
+        selection_counts=part(profile.selection_counts),
+        weight_sums=part(profile.weight_sums),
+        token_counts=part(profile.token_counts),
+        split_counts=part(profile.split_counts, axis=1),
+        probability_sums=None if profile.probability_sums is None else part(profile.probability_sums),
+        probability_tokens=None if profile.probability_tokens is None else part(profile.probability_tokens),
         coactivation=None,
     )
 
@@ -252,7 +247,6 @@ def _subject(
 ) -> str:
     """The line that says what was compared."""
     model = profile.model
-    shown = model.id if len(model.id) <= LONGEST_NAME else f"…{model.id[1 - LONGEST_NAME :]}"
     experts = by_layer(model.experts, model.layer_indices)
     against = (
         f"each domain against the rest of {name}"
@@ -260,7 +254,7 @@ def _subject(
         else f"reference {name}, {pairs[0].reference.tokens:,} tokens"
     )
     only = f" · domain {domain}" if domain is not None else ""
-    return f"{shown} · {len(model.layers)} MoE layers · {experts} experts{only} · {against}"
+    return f"{short_name(model.id)} · {len(model.layers)} MoE layers · {experts} experts{only} · {against}"
 
 
 def _model_remarks(profiles: Sequence["RoutingProfile"], names: tuple[str, ...]) -> list[str]:

@@ -17,9 +17,10 @@ from moescope.viz.activation import NAMES
 from moescope.viz.comparison import difference_heatmap, distance_lines, moved_bars
 from moescope.viz.comparison_data import ComparedPair, ComparisonData, Side, ratio_in_words
 from moescope.viz.page import Page, Section, write_page
-from moescope.viz.pages import write_figure, write_text
+from moescope.viz.pages import write_figures, write_text
 from moescope.viz.structured import to_strict_json
-from moescope.viz.summary import WIDTH, clip, field, printable, section
+from moescope.viz.summary import WIDTH, field, section
+from moescope.viz.theme import clip, printable
 
 FIGURES = {
     "comparison_difference.html": difference_heatmap,
@@ -58,9 +59,7 @@ def write_comparison(data: ComparisonData, folder: Path | str) -> list[Path]:
         "comparison.json": json.dumps(comparison_data(data), ensure_ascii=False, allow_nan=False) + "\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        heading = name.removesuffix(".html").replace("_", " ").capitalize()
-        write_figure(figure, folder / name, f"{heading} · {', '.join(data.names)}")
+    write_figures(figures, folder, ", ".join(data.names))
     for name, text in texts.items():
         write_text(folder / name, text)
     write_page(_page(data, figures), folder / PAGE_NAME)

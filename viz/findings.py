@@ -11,11 +11,11 @@ from moescope.viz.activation import NAMES
 from moescope.viz.report_data import ReportData
 
 FEW_SELECTIONS = 100
-"""Below so many selections of the median expert a profile's shape is mostly chance: its relative error is about 10%."""
+"""Below so many selections an expert on average a profile's shape is mostly chance: its relative error is about 10%."""
 
 
 def findings(report: ReportData) -> list[str]:
-    """Sentences for the head of a report: periods, load, domains, routers, and how much they can carry."""
+    """Sentences for the head of a report: periods, load, routers, and how much they can carry."""
     if not report.tokens:
         return ["No tokens were routed: there is nothing to find."]
     found = [_periods(report) if report.correlated else "", _load(report), _routers(report), _amount(report)]

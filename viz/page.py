@@ -123,7 +123,7 @@ def page_text(page: Page) -> str:
     body = [_head(page), *(_section(section, bool(page.domains)) for section in page.sections)]
     if page.table is not None:
         body.append(_table(*page.table))
-    return _template("report.html").substitute(
+    return Template(_asset("report.html")).substitute(
         title=_text(page.title),
         subject=_text(page.subject),
         css=_asset("report.css"),
@@ -138,10 +138,6 @@ def page_text(page: Page) -> str:
 
 def _asset(name: str) -> str:
     return files("moescope.viz").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _template(name: str) -> Template:
-    return Template(_asset(name))
 
 
 def _text(text: str) -> str:
@@ -164,7 +160,7 @@ def _spec(section: Section) -> dict[str, Any]:
     spec: dict[str, Any] = {"id": f"figure-{section.id}", "data": plain["data"], "layout": plain["layout"]}
     views = _views(section)
     if views:
-        spec["views"] = [{"label": button.label, "args": list(button.args)} for button in views]
+        spec["views"] = [{"args": list(button.args)} for button in views]
     if section.variants:
         spec["variants"] = section.variants
     if section.of is not None:
@@ -269,12 +265,8 @@ def _domain_select(domains: Sequence[str]) -> str:
 
 def _select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
     most = LONGEST_OPTION if name == "domain" else LONGEST_VIEW
-    made = "".join(_OPTION.substitute(value=value, text=_text(_short(text, most))) for value, text in options)
+    made = "".join(_OPTION.substitute(value=value, text=_text(theme.clip(text, most))) for value, text in options)
     return _SELECT.substitute(id=name, label=label, options=made)
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:

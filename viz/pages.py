@@ -1,6 +1,7 @@
 """The one place that writes: text and figure pages, whole or not at all."""
 
 import os
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from string import Template
@@ -44,6 +45,28 @@ def write_figure(figure: go.Figure, path: Path, title: str) -> None:
     Raises:
         OSError: if the folder cannot be written to.
     """
+    provide_library(path.parent)
+    write_text(path, _figure_page(figure, title))
+
+
+def write_figures(figures: Mapping[str, go.Figure], folder: Path, about: str) -> None:
+    """Write figures under their names, each a page as `write_figure` makes it.
+
+    Args:
+        figures: by the names of their files.
+        folder: where to write; it must exist.
+        about: what they were measured on, for the titles of the pages.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    provide_library(folder)
+    for name, figure in figures.items():
+        heading = name.removesuffix(".html").replace("_", " ").capitalize()
+        write_text(folder / name, _figure_page(figure, f"{heading} · {about}"))
+
+
+def _figure_page(figure: go.Figure, title: str) -> str:
     div = pio.to_html(
         figure,
         full_html=False,
@@ -51,8 +74,7 @@ def write_figure(figure: go.Figure, path: Path, title: str) -> None:
         config=CONFIG,
         div_id="figure",
     )
-    provide_library(path.parent)
-    write_text(path, PAGE.substitute(title=escape(printable(title)), figure=div))
+    return PAGE.substitute(title=escape(printable(title)), figure=div)
 
 
 def write_text(path: Path, text: str) -> None:

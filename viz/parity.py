@@ -103,10 +103,8 @@ def parity_data(
             "deltas": correlation.deltas,
             "layer_indices": layers,
             "layer_pairs": [
-                {"layer_i": layers[slot], "layer_j": layers[slot + delta], "delta": delta, "correlation": r}
-                for slot, row in enumerate(correlation.matrix.tolist())
-                for delta, r in zip(correlation.deltas, row, strict=True)
-                if slot + delta < len(layers)
+                {"layer_i": layers[slot], "layer_j": layers[later], "delta": delta, "correlation": r}
+                for slot, later, delta, r in correlation.pairs()
             ],
         },
         "periodic_patterns": {

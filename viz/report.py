@@ -5,7 +5,7 @@ from pathlib import Path
 from moescope.viz.activation import activation_heatmap
 from moescope.viz.correlation import correlation_heatmap
 from moescope.viz.page import write_page
-from moescope.viz.pages import write_bytes, write_figure, write_text
+from moescope.viz.pages import write_bytes, write_figures, write_text
 from moescope.viz.periodicity import periodic_bars, periodic_boxes
 from moescope.viz.report_data import ReportData
 from moescope.viz.report_page import report_page
@@ -62,9 +62,7 @@ def write_report(
         data["analysis_summary.json"] = encode(analysis_summary(report), "json", indent=2)
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        heading = name.removesuffix(".html").replace("_", " ").capitalize()
-        write_figure(figure, folder / name, f"{heading} · {report.model_id}")
+    write_figures(figures, folder, report.model_id)
     write_page(report_page(report, figures), folder / PAGE_NAME)
     for name, text in texts.items():
         write_text(folder / name, text)

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from moescope.viz import theme
-from moescope.viz.activation import COLOUR_PERCENTILE, NAMES
+from moescope.viz.activation import NAMES, colour_end
 from moescope.viz.correlation import correlation_heatmap
 from moescope.viz.findings import findings
 from moescope.viz.load import load_by_layer
@@ -175,7 +175,7 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             "colour means that the pattern comes back every Δ layers. Grey cells lie past the end of the model.",
             correlation,
             tall,
-            variants=_variants(report, lambda view: _differences(correlation_heatmap(view.correlation), correlation)),
+            variants=_differences(report, correlation, lambda view: correlation_heatmap(view.correlation)),
             page="layer_correlation_matrix.html",
         ),
         Section(
@@ -184,7 +184,7 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
             "pairs share layers, so the bar is a spread, not a confidence interval.",
             bars,
-            variants=_variants(report, lambda view: _differences(periodic_bars(view.periodic), bars)),
+            variants=_differences(report, bars, lambda view: periodic_bars(view.periodic)),
             page="periodic_pattern_analysis.html",
         ),
         Section(
@@ -192,7 +192,7 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             "Every pair of layers",
             "The correlations behind each bar above, one point a pair; hover to see which layers.",
             boxes,
-            variants=_variants(report, lambda view: _differences(periodic_boxes(view.periodic), boxes)),
+            variants=_differences(report, boxes, lambda view: periodic_boxes(view.periodic)),
             page="periodic_pattern_analysis_detailed.html",
         ),
     ]
@@ -250,25 +250,28 @@ def _sampled(report: ReportData) -> str:
 
 def _activation_patch(view: DomainView) -> dict[str, Any]:
     matrix = view.activation.matrix
-    finite = matrix[np.isfinite(matrix)]
-    highest = float(np.percentile(finite, COLOUR_PERCENTILE)) if finite.size else 1.0
-    return {"data": [{"z": packed(matrix), "zmax": highest}]}
+    return {"data": [{"z": packed(matrix), "zmax": colour_end(matrix)}]}
 
 
-def _differences(figure: go.Figure, base: go.Figure) -> dict[str, Any]:
-    """What a figure of one domain has otherwise than that of all domains."""
-    plain, other = (json.loads(pio.to_json(one, validate=False)) for one in (figure, base))
+def _differences(
+    report: ReportData, base: go.Figure, draw: Callable[[DomainView], go.Figure]
+) -> dict[str, dict[str, Any]]:
+    """For each domain, what its figure has otherwise than that of all domains."""
+    traces = _plain(base)["data"]
+    return _variants(report, lambda view: _patch(_plain(draw(view)), traces))
+
+
+def _plain(figure: go.Figure) -> dict[str, Any]:
+    """A figure as plotly.js takes it."""
+    plain: dict[str, Any] = json.loads(pio.to_json(figure, validate=False))
+    return plain
+
+
+def _patch(figure: dict[str, Any], base: list[dict[str, Any]]) -> dict[str, Any]:
+    others = [*base, *({} for _ in figure["data"][len(base) :])]
     traces = [
-        {
-            name: value
-            for name, value in trace.items()
-            if index >= len(other["data"]) or _differs(other, index, name, value)
-        }
-        for index, trace in enumerate(plain["data"])
+        {name: value for name, value in trace.items() if name not in other or other[name] != value}
+        for trace, other in zip(figure["data"], others, strict=False)
     ]
-    layout = {name: plain["layout"][name] for name in ("xaxis", "yaxis", "annotations") if name in plain["layout"]}
+    layout = {name: figure["layout"][name] for name in ("xaxis", "yaxis", "annotations") if name in figure["layout"]}
     return {"data": traces, "layout": layout}
-
-
-def _differs(figure: dict[str, Any], index: int, name: str, value: Any) -> bool:
-    return bool(figure["data"][index].get(name) != value)

@@ -211,12 +211,9 @@ def _load(load: LayerLoad) -> dict[str, Any]:
 def _layer_correlation(report: ReportData) -> dict[str, Any]:
     """The matrix by starting layer and distance, and its pairs one by one."""
     correlation = report.correlation
-    present = set(correlation.layers)
     pairs = [
-        {"layer_i": layer, "layer_j": layer + delta, "delta": delta, "correlation": r}
-        for layer, row in zip(correlation.layers, correlation.matrix.tolist(), strict=True)
-        for delta, r in zip(correlation.deltas, row, strict=True)
-        if layer + delta in present
+        {"layer_i": layer, "layer_j": later, "delta": delta, "correlation": r}
+        for layer, later, delta, r in correlation.pairs()
     ]
     return {
         "correlation_matrix": correlation.matrix,

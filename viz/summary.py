@@ -8,6 +8,7 @@ from moescope.stats.activation import LayerLoad
 from moescope.viz.activation import NAMES
 from moescope.viz.findings import short_run
 from moescope.viz.report_data import ReportData
+from moescope.viz.theme import clip, printable
 from moescope.viz.wording import by_layer, index_ranges
 
 WIDTH = 100
@@ -20,10 +21,7 @@ def summary_text(report: ReportData) -> str:
         section("Model", _model(report)),
         section("Run", _run(report)),
         section("Tokens", _tokens(report)),
-        section(
-            "Check",
-            _check(report) + [line for note in filter(None, [short_run(report)]) for line in field("note", note)],
-        ),
+        section("Check", [*_check(report), *field("note", short_run(report))] if short_run(report) else _check(report)),
         section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
         section("Expert load", _load(report)),
     ]
@@ -33,16 +31,6 @@ def summary_text(report: ReportData) -> str:
 def section(title: str, lines: Iterable[str]) -> str:
     """A titled block."""
     return "\n".join([title, "-" * len(title), *lines])
-
-
-def printable(text: str) -> str:
-    """The text on one line: control characters become spaces."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
-def clip(text: str, width: int) -> str:
-    """The text, cut with an ellipsis if it is wider."""
-    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def field(label: str, value: str) -> list[str]:

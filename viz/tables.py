@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moescope.stats.layout import padding_mask
 from moescope.viz.report_data import ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
@@ -214,14 +215,7 @@ def _tokens(profile: "RoutingProfile") -> Table:
 
 def _correlation(report: ReportData) -> Table:
     """One row a pair of layers no further apart than the matrix goes."""
-    correlation = report.correlation
-    present = set(correlation.layers)
-    pairs = [
-        (layer, layer + delta, delta, r)
-        for layer, row in zip(correlation.layers, correlation.matrix.tolist(), strict=True)
-        for delta, r in zip(correlation.deltas, row, strict=True)
-        if layer + delta in present
-    ]
+    pairs = list(report.correlation.pairs())
     return Table(
         "correlation",
         (
@@ -278,10 +272,7 @@ def _descriptions(found: list[Table]) -> Table:
 
 def _inside(profile: "RoutingProfile") -> NDArray[np.bool_]:
     """(L, E), true where an expert exists, false in the padding."""
-    inside: NDArray[np.bool_] = (
-        np.arange(profile.selection_counts.shape[-1]) < np.asarray(profile.model.experts)[:, None]
-    )
-    return inside
+    return ~padding_mask(profile.model.experts, profile.selection_counts.shape[-1])
 
 
 def _objects(values: Any) -> NDArray[Any]:

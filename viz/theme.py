@@ -100,7 +100,7 @@ def new_figure(title: str, subject: str, x_title: str, y_title: str) -> go.Figur
         x_title: title of the horizontal axis.
         y_title: title of the vertical axis.
     """
-    shown = subject if len(subject) <= LONGEST_SUBJECT else f"{subject[: LONGEST_SUBJECT - 1]}…"
+    shown = clip(subject, LONGEST_SUBJECT)
     line = f'<br><span style="font-size:{FONT_SIZE}px;color:{FAINT_INK}">{plain(shown)}</span>' if shown else ""
     figure = go.Figure()
     figure.update_layout(template=TEMPLATE, title_text=f"{title}{line}")
@@ -117,6 +117,11 @@ def plain(text: str) -> str:
 def printable(text: str) -> str:
     """User text without what steers instead of being seen: control characters, marks of direction, line separators."""
     return "".join(character if character.isprintable() else " " for character in text)
+
+
+def clip(text: str, width: int) -> str:
+    """The text, cut with an ellipsis if it is wider."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def bar_title(name: str) -> str:

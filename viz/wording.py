@@ -31,11 +31,14 @@ def by_layer(values: Sequence[int], layers: Sequence[int]) -> str:
     return ", ".join(f"{value} (layers {index_ranges(members)})" for value, members in groups.items())
 
 
+def short_name(model_id: str) -> str:
+    """A model's name without the beginning of a long one."""
+    return model_id if len(model_id) <= LONGEST_NAME else f"…{model_id[1 - LONGEST_NAME :]}"
+
+
 def subject(report: ReportData) -> str:
     """The line that says what a figure was measured on."""
     experts = by_layer([load.experts for load in report.loads], report.layers)
     top_k = by_layer([load.top_k for load in report.loads], report.layers)
-    depth = len(report.layers)
-    model = report.model_id
-    name = model if len(model) <= LONGEST_NAME else f"…{model[1 - LONGEST_NAME :]}"
+    name, depth = short_name(report.model_id), len(report.layers)
     return f"{name} · {depth} MoE layers · {experts} experts, top-{top_k} · {report.tokens:,} tokens"
