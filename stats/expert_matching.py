@@ -67,6 +67,8 @@ class ExpertMatch:
     """The experts of two layers against each other.
 
     Attributes:
+        table: (E, E) float64, centred cosine of every expert of the first layer with every one of the second; NaN for
+            unusable ones.
         cosine: (E,) float64, centred cosine of the same index; NaN for unusable experts.
         raw_cosine: (E,) float64, the same, not centred.
         partner: (E,) index in the second layer of the best one-to-one match of each expert of the first; -1 for none.
@@ -77,6 +79,7 @@ class ExpertMatch:
         best_match: test of the mean of `partner_cosine`; none if not measurable.
     """
 
+    table: NDArray[np.float64]
     cosine: NDArray[np.float64]
     raw_cosine: NDArray[np.float64]
     partner: NDArray[np.intp]
@@ -208,6 +211,7 @@ def match_experts(grams: PairGrams, draws: int = DRAWS, seed: int | Sequence[int
         same = _same_index_null(table[np.ix_(shared, shared)], draws, generator)
         best = _best_match_null(pair, float(partner_cosine[found].mean()), draws, generator)
     return ExpertMatch(
+        table=table,
         cosine=np.diagonal(table).copy(),
         raw_cosine=np.diagonal(raw_cosine(grams)).copy(),
         partner=partner,
