@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRIGGER_NAME,
 from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
 from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.run import SAVE_EVERY, timestamp
-from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, StagedRecorder, cell_of
+from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, Placed, StagedRecorder, cell_of
 from moescope.profiler.tokens import SPLITS, split_of
 
 _SHARES: Final = {"off": 0.0, "sample": SAMPLE_SHARE, "all": 1.0}
@@ -52,7 +52,25 @@ class _Step:
     cells: NDArray[np.int32]  # (T,) negative: does not count
     drafts: bool
     sampled: NDArray[np.int64]  # rows
+    tokens: NDArray[np.int64] | None = None  # (C,) rows of each cell, where all rows count
     copied: Copied | None = None
+
+
+@dataclass(slots=True)
+class _Steady:
+    """A batch in which every request decodes one token a step: while nobody comes or goes, only positions move.
+
+    The table of requests is brought up to date when the batch ends.
+    """
+
+    order: list[str]  # of the rows
+    scheduled: list[str]  # the same requests as the scheduler lists them
+    computed: list[int]  # of these, the positions fed next
+    slots: NDArray[np.int64]  # (T,) of the rows
+    positions: NDArray[np.int64]  # (T,) fed next
+    cells: NDArray[np.int32]  # (T,)
+    tokens: NDArray[np.int64] | None
+    counted: int = 0  # steps
 
 
 @dataclass(slots=True)
@@ -108,7 +126,8 @@ class WorkerRecorder:
         self._closing: list[tuple[int, str, int, int]] = []
         self._order: list[str] = []
         self._order_slots = np.zeros(0, np.int64)
-        self._uploaded: tuple[NDArray[np.int32], Tensor] | None = None
+        self._steady: _Steady | None = None
+        self._placed: tuple[NDArray[np.int32], Tensor | Placed] | None = None
         self._upcoming: NDArray[np.int64] = np.zeros(0, np.int64)
         self._armed = False
         self._on = settings.serving
@@ -183,25 +202,21 @@ class WorkerRecorder:
 
     def before(self, output: Any) -> None:
         """A step is about to run: settle what earlier steps left open. Never raises: a fault fails the next dump."""
-        with self._guard():
-            self._before(output)
+        self._guarded(self._before, output)
 
     def after(self, output: Any) -> None:
         """A step has been launched: note whose rows it has. Never raises."""
-        with self._guard():
-            self._after(output)
+        self._guarded(self._after, output)
 
     def before_dummy(self) -> None:
         """A forward that no request asked for is about to run."""
-        with self._guard():
-            self._make_room()
+        self._guarded(self._make_room)
 
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _guarded(self, method: Callable[..., None], *arguments: Any) -> None:
         """Keep a fault of the recorder away from the engine, which goes on; what was counted is not believed."""
         with self._lock:
             try:
-                yield
+                method(*arguments)
             except Exception as error:  # whatever it is, the engine must not die of it
                 self._error = self._error or f"the recorder failed: {type(error).__name__}: {error}"
 
@@ -226,13 +241,57 @@ class WorkerRecorder:
     def _after(self, output: Any) -> None:
         if self.recorder is None or not self._armed or not hasattr(output, NOTE):
             return
-        self._learn(output)
         if not output.total_num_scheduled_tokens:
+            self._end_steady()
+            self._learn(output)
             return
+        step = self._next_of_steady(output) or self._step(output)
+        if step is None:
+            return
+        if self._shown is not None and self.recorder.distributions is not None:
+            seen = self.recorder.distributions[:, : len(self._upcoming)].to("cpu", copy=True)
+            self._shown.append((step.positions[self._upcoming], seen))
+        self._steps.append(step)
+
+    def _next_of_steady(self, output: Any) -> _Step | None:
+        """The step of a batch that goes on as it was, found with a few operations; None: it does not."""
+        steady = self._steady
+        if steady is None:
+            return None
+        cached = output.scheduled_cached_reqs
+        if (
+            output.total_num_scheduled_tokens != len(steady.slots)
+            or output.scheduled_new_reqs
+            or cached.resumed_req_ids
+            or output.scheduled_spec_decode_tokens
+            or cached.req_ids != steady.scheduled
+            or _batch_order(self._runner) != steady.order
+        ):
+            return None
+        if cached.num_computed_tokens != steady.computed:
+            return None
+        positions = steady.positions
+        steady.positions = positions + 1
+        steady.computed = [position + 1 for position in steady.computed]
+        note = getattr(output, NOTE)
+        return _Step(note.step, steady.slots, positions, steady.cells, False, self._upcoming, steady.tokens)
+
+    def _end_steady(self) -> None:
+        """The batch changes: bring the table up to date."""
+        if self._steady is not None:
+            table, slots = self._table, self._steady.slots
+            table.start[slots] = table.done[slots] = self._steady.positions
+            table.counted[slots] += self._steady.counted
+            self._steady = None
+
+    def _step(self, output: Any) -> _Step | None:
+        """A step of any kind; None: its rows are not those that were scheduled."""
+        self._end_steady()
+        self._learn(output)
         order = _batch_order(self._runner)
         scheduled = output.num_scheduled_tokens
         if order != self._order:
-            self._order = list(order)
+            self._order = order
             self._order_slots = np.array([self._table.slot_of[name] for name in order], np.int64)
         slots = self._order_slots
         table = self._table
@@ -243,25 +302,31 @@ class WorkerRecorder:
             lengths = np.array([scheduled[name] for name in order], np.int64)
         if int(lengths.sum()) != total:
             self._error = self._error or f"a step of {total} tokens has {int(lengths.sum())} rows"
-            return
+            return None
         starts = table.start[slots]
         ends = np.cumsum(lengths)
         rows = np.repeat(slots, lengths)
         positions = np.arange(total) - np.repeat(ends - lengths - starts, lengths)
+        decoding = positions >= table.prompt[rows]
+        fresh = positions >= table.done[rows]
         if self._on:
-            phase = np.where(positions < table.prompt[rows], 0, SPLITS)
-            cells = np.where(positions >= table.done[rows], table.base[rows] + phase, -1).astype(np.int32)
+            cells = np.where(fresh, table.base[rows] + np.where(decoding, SPLITS, 0), -1).astype(np.int32)
         else:
             cells = np.full(total, -1, np.int32)
             table.whole[slots] = False
         table.done[slots] = np.maximum(table.done[slots], starts + lengths)
         table.start[slots] = starts + lengths
         drafts = bool(output.scheduled_spec_decode_tokens)
-        if self._shown is not None and self.recorder.distributions is not None:
-            seen = self.recorder.distributions[:, : len(self._upcoming)].to("cpu", copy=True)
-            self._shown.append((positions[self._upcoming], seen))
-        step = _Step(getattr(output, NOTE).step, rows, positions, cells, drafts, self._upcoming)
-        self._steps.append(step)
+        cached = output.scheduled_cached_reqs
+        if total == len(order) == len(cached.req_ids) and not drafts and bool((decoding & fresh).all()):
+            tokens = self._tokens_of(cells) if self._on else None
+            computed = [position + 1 for position in cached.num_computed_tokens]
+            self._steady = _Steady(order, list(cached.req_ids), computed, slots, positions + 1, cells, tokens)
+        return _Step(getattr(output, NOTE).step, rows, positions, cells, drafts, self._upcoming)
+
+    def _tokens_of(self, cells: NDArray[np.int32]) -> NDArray[np.int64]:
+        """(C,) rows of each cell."""
+        return np.bincount(cells[cells >= 0], minlength=self.settings.domains * 2 * SPLITS)
 
     def _make_room(self) -> None:
         """The staging buffers are about to be written: keep a copy of what is still open."""
@@ -334,12 +399,16 @@ class WorkerRecorder:
     def _limit(self, note: Note) -> None:
         """Drop the rows of open steps that a request did not get to keep."""
         table = self._table
+        if note.limits or note.finished:
+            self._end_steady()
         for name, limit in note.limits.items():
             slot = table.slot_of.get(name)
             if slot is None:
                 continue
             for step in self._steps:
-                step.cells[(step.slots == slot) & (step.positions >= limit)] = -1
+                dropped = (step.slots == slot) & (step.positions >= limit)
+                if dropped.any():  # cells may be shared with other steps of a steady batch
+                    step.cells, step.tokens = np.where(dropped, np.int32(-1), step.cells), None
             table.done[slot] = min(table.done[slot], limit)
         for name, routed in note.finished.items():
             slot = table.slot_of.pop(name, None)
@@ -365,21 +434,26 @@ class WorkerRecorder:
         recorder = self.recorder
         if recorder is None:
             return
-        cells = step.cells
-        counted = cells >= 0
-        if not counted.any():
-            if step.copied is None:
-                recorder.poison(len(cells))
-            return
-        if self._uploaded is None or not np.array_equal(self._uploaded[0], cells):
-            self._uploaded = (cells, recorder.upload(cells))
+        cells, tokens = step.cells, step.tokens
+        if tokens is None:
+            counted = cells >= 0
+            if not counted.any():
+                if step.copied is None:
+                    recorder.poison(len(cells))
+                return
+            tokens = self._tokens_of(cells)
+            self._table.counted += np.bincount(step.slots[counted], minlength=len(self._table.counted))
+        elif self._steady is not None and cells is self._steady.cells:
+            self._steady.counted += 1
+        else:
+            self._table.counted[step.slots] += 1
+        if self._placed is None or (self._placed[0] is not cells and not np.array_equal(self._placed[0], cells)):
+            self._placed = (cells, recorder.place(cells))
         for name in self._verified:
             self._keep(name, step, recorder)
         self._counted += 1
-        tokens = np.bincount(cells[counted], minlength=recorder.domains * 2 * SPLITS)
         sampled = cells[step.sampled] if len(step.sampled) else None
-        recorder.commit(self._uploaded[1], tokens, sampled=sampled, source=step.copied)
-        self._table.counted += np.bincount(step.slots[counted], minlength=len(self._table.counted))
+        recorder.commit(self._placed[1], tokens, sampled=sampled, source=step.copied)
 
     def _keep(self, name: str, step: _Step, recorder: StagedRecorder) -> None:
         """Keep the ids of a request whose routing is to be verified, token by token."""
@@ -416,6 +490,7 @@ class WorkerRecorder:
     def switch(self, on: bool) -> None:
         """Start or stop recording; graphs stay as they are."""
         self._on = on
+        self._end_steady()
 
     def reset(self) -> None:
         """Drop what was counted."""
@@ -465,7 +540,7 @@ class WorkerRecorder:
 
     def show(self) -> None:
         """Until `shown`, keep the distributions of the rows that are routed, one by one; they are not counted."""
-        self._on = False
+        self.switch(False)
         self._shown = []
 
     def shown(self, folder: str) -> dict[str, Any] | None:

@@ -63,8 +63,13 @@ class Load:
 
     def throughput(self, prompts: int = PROMPTS) -> float:
         """Tokens a second, prompts and generated ones, of one block."""
+        return self.block(prompts)[0]
+
+    def block(self, prompts: int = PROMPTS) -> tuple[float, float]:
+        """Tokens a second of one block, and the median milliseconds of its steps, which a hiccup of the host spares."""
+        self._steps.clear()
         seconds = self._generate(prompts, self._length, NEW)
-        return prompts * (self._length + NEW) / seconds
+        return prompts * (self._length + NEW) / seconds, 1000 * float(np.median(np.diff(self._steps)))
 
     def latency(self, batch: int, new: int) -> tuple[float, float]:
         """Milliseconds between tokens of one long generation: mean, and median of the steps (what a hiccup spares)."""
@@ -182,11 +187,17 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
                 )
         for name, values in ({} if options.no_profiler else _profiled(engine, load, switch)).items():
             row(f"profiler, {name}", **values)
-        pair = _pairs(switch, load.throughput, options.pairs, 5, options.seconds)
+        pair = _pairs(switch, load.block, options.pairs, 5, options.seconds)
+        speed, step = ({state: values[:, column] for state, values in pair.items()} for column in (0, 1))
         row(
             "throughput",
-            off_tokens_s=round(float(np.median(pair["off"]))),
-            loss_percent=_loss(pair, larger_is_better=True),
+            off_tokens_s=round(float(np.median(speed["off"]))),
+            loss_percent=_loss(speed, larger_is_better=True),
+        )
+        row(
+            "step of these blocks, median",
+            off_ms=round(float(np.median(step["off"])), 4),
+            loss_percent=_loss(step, larger_is_better=False),
         )
         if options.skewed_pairs:
             engine.llm.collective_rpc(_skew)

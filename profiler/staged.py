@@ -22,6 +22,8 @@ from moescope.profiler.tokens import SPLITS
 #: Phases of a token, in the order of a profile's second axis.
 PREFILL, DECODE = 0, 1
 PHASES: Final = 2
+#: Rows, at most, of a forward that is counted by replaying a CUDA graph: a short step wants a short launch.
+_GRAPHED: Final = 512
 #: Share of the rows whose distributions are recorded where they are sampled.
 SAMPLE_SHARE: Final = 1 / 64
 
@@ -150,6 +152,8 @@ class StagedRecorder:
             self.sample = torch.full((rows,), POISON, dtype=torch.int32, **like)
             self.distributions = torch.zeros((depth, rows, self.experts), dtype=torch.float32, **like)
             self._distribution_sums = torch.zeros_like(self._weight_sums)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graph_cells = torch.full((min(_GRAPHED, capacity),), POISON, dtype=torch.int32, **like)
         self._rng = np.random.default_rng(seed)
         self._tokens = np.zeros(domains * PHASES * SPLITS, dtype=np.int64)
         self._sampled = np.zeros(domains * PHASES * SPLITS, dtype=np.int64)
@@ -212,9 +216,20 @@ class StagedRecorder:
         """Cells of rows on the device, copied without waiting."""
         return _pinned(cells, self.device).to(self.device, non_blocking=True)
 
+    def place(self, cells: NDArray[np.int32]) -> "Tensor | Placed":
+        """Cells of rows for `commit`, on the device; valid until the next call, and for as many commits as it takes."""
+        rows = len(cells)
+        size = 1 << (rows - 1).bit_length() if rows else 0
+        if size not in self._graphs:
+            return self.upload(cells)
+        padded = np.full(size, POISON, np.int32)
+        padded[:rows] = cells
+        self._graph_cells[:size].copy_(_pinned(padded, self.device), non_blocking=True)
+        return Placed(self._graph_cells[:rows], self._graphs[size])
+
     def commit(
         self,
-        cells: Tensor,
+        cells: "Tensor | Placed",
         tokens: NDArray[np.int64],
         *,
         sampled: NDArray[np.int32] | None = None,
@@ -223,31 +238,42 @@ class StagedRecorder:
         """Count a forward and poison what it staged.
 
         Args:
-            cells: (T,) int32 on the device, the cell of each row; negative: the row does not count.
+            cells: (T,) int32 on the device, the cell of each row; negative: the row does not count. What `place` or
+                `upload` returned.
             tokens: int64 [C], rows of each cell, from the requests' lengths.
             sampled: int32 [n], cells of the sampled rows, in the order of `choose_sample`; None: nothing was sampled.
             source: A copy of what was staged, if the engine has run on since; by default the staging buffers.
         """
-        rows = len(cells)
-        staged = source or Copied(self.ids[:, :rows], self.weights[:, :rows], self.distributions)
+        if isinstance(cells, Placed):
+            if source is None:
+                cells.graph.replay()
+            else:
+                self._add(source, cells.cells)
+        else:
+            rows = len(cells)
+            self._add(source or Copied(self.ids[:, :rows], self.weights[:, :rows], None), cells)
+        distributions = self.distributions if source is None else source.distributions
+        if sampled is not None and len(sampled) and distributions is not None and self._distribution_sums is not None:
+            add = choices.add_distributions if self._kernels is None else self._kernels.add_distributions
+            with torch.inference_mode():
+                add(distributions[:, : len(sampled)], self.upload(sampled), self._distribution_sums, self._faults)
+            np.add.at(self._sampled, sampled[sampled >= 0], 1)
+        self._tokens += tokens
+
+    def _add(self, staged: "Copied", cells: Tensor) -> None:
+        """Add what was staged to the sums, and poison it."""
         with torch.inference_mode():
             if self._kernels is not None:
                 self._kernels.add_choices(
                     staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults,
                     self._pairs,
                 )  # fmt: skip
-            else:
-                if self._pairs is not None:
-                    choices.add_pairs(staged.ids, cells, self._pairs)
-                choices.add_choices(
-                    staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults
-                )
-            distributions, sums = staged.distributions, self._distribution_sums
-            if sampled is not None and len(sampled) and distributions is not None and sums is not None:
-                add = choices.add_distributions if self._kernels is None else self._kernels.add_distributions
-                add(distributions[:, : len(sampled)], self.upload(sampled), sums, self._faults)
-                np.add.at(self._sampled, sampled[sampled >= 0], 1)
-        self._tokens += tokens
+                return
+            if self._pairs is not None:
+                choices.add_pairs(staged.ids, cells, self._pairs)
+            choices.add_choices(
+                staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults
+            )
 
     def copy(self, rows: int, sampled: int = 0) -> "Copied":
         """A copy of what was staged, poisoning the original: for an engine that runs on before a commit."""
@@ -262,14 +288,21 @@ class StagedRecorder:
         self.ids[:, :rows].fill_(POISON)
 
     def warm_up(self) -> None:
-        """Compile every kernel, counting nothing."""
+        """Compile every kernel and capture what short forwards replay, counting nothing."""
         none = np.zeros(len(self._tokens), np.int64)
-        with torch.inference_mode():
-            for rows in (1, self.capacity):
-                self.commit(torch.full((rows,), POISON, dtype=torch.int32, device=self.device), none)
-            if self.sample is not None:
-                cells = np.full(len(self.sample), POISON, np.int32)
-                self.commit(self.upload(cells[:1]), none, sampled=cells)
+        for rows in (1, self.capacity):
+            self.commit(torch.full((rows,), POISON, dtype=torch.int32, device=self.device), none)
+        if self.sample is not None:
+            cells = np.full(len(self.sample), POISON, np.int32)
+            self.commit(self.upload(cells[:1]), none, sampled=cells)
+        if self._kernels is not None and self.device.type == "cuda":
+            for size in (1 << power for power in range(len(self._graph_cells).bit_length())):
+                graph = torch.cuda.CUDAGraph()
+                # other threads, such as NCCL's watchdog, go on meanwhile
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    staged = Copied(self.ids[:, :size], self.weights[:, :size], None)
+                    self._add(staged, self._graph_cells[:size])
+                self._graphs[size] = graph
 
     def peek(self) -> StagedSums:
         """The sums so far; synchronises.
@@ -306,6 +339,14 @@ class StagedRecorder:
                 buffer.zero_()
         self._tokens[:] = 0
         self._sampled[:] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Cells (T,) int32 where a captured commit reads them, padded with rows that do not count, and that commit."""
+
+    cells: Tensor
+    graph: torch.cuda.CUDAGraph
 
 
 @dataclass(frozen=True, slots=True)

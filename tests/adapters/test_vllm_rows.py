@@ -62,6 +62,7 @@ class _Simulation:
             request = _Request(str(number), prompt, wanted, num_tokens=prompt, target=prompt)
             self.waiting.append(request)
         self.flying: deque[tuple[Any, list[tuple[_Request, int]]]] = deque()
+        self.places = self.rng.permutation(12).tolist()
 
     def run(self) -> None:
         for _ in range(2000):
@@ -167,8 +168,10 @@ class _Simulation:
         )
 
     def _execute(self, output: Any, work: list[Any]) -> None:
-        """A forward: the engine puts its rows in an order of its own."""
-        order = [work[i] for i in self.rng.permutation(len(work))]
+        """A forward: the engine puts its rows in an order of its own, which it keeps for a while."""
+        if self.rng.random() < 0.2:
+            self.places = self.rng.permutation(12).tolist()
+        order = sorted(work, key=lambda item: self.places[int(item[0].request_id)])
         self.worker._runner = Space(input_batch=Space(req_ids=[request.request_id for request, *_ in order]))
         self.worker.before(output)
         recorder = self.worker.recorder
@@ -227,7 +230,8 @@ def _worker(rows: int) -> WorkerRecorder:
     worker._table = _Table()
     worker._steps, worker._closing = deque(), []
     worker._order, worker._order_slots = [], np.zeros(0, np.int64)
-    worker._uploaded, worker._upcoming = None, np.zeros(0, np.int64)
+    worker._placed, worker._upcoming = None, np.zeros(0, np.int64)
+    worker._steady = None
     worker._armed = worker._on = True
     worker._shown = None
     worker._error, worker._verified = None, {}
@@ -249,6 +253,19 @@ def test_every_routed_token_counts_once(seed: int, depth: int, drafts: int, as_n
     np.testing.assert_array_equal(sums.cells, simulation.expected)
     assert simulation.worker._requests == 12
     assert not simulation.worker._table.slot_of
+
+
+def test_steps_of_a_steady_batch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    steady = WorkerRecorder._next_of_steady
+
+    def noted(worker: WorkerRecorder, output: Any) -> Any:
+        found.append(steady(worker, output))
+        return found[-1]
+
+    monkeypatch.setattr(WorkerRecorder, "_next_of_steady", noted)
+    _Simulation(0, depth=1, drafts=0, as_new=False).run()
+    assert 5 < sum(step is not None for step in found) < len(found)
 
 
 def test_a_wrong_length_is_found() -> None:
