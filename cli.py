@@ -70,6 +70,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class CacheDtype(StrEnum):
+    """Types that an FP8 checkpoint is converted to."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 class MeasureName(StrEnum):
     """What statistics rest on."""
 
@@ -263,6 +270,16 @@ def profile(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Generate --max-tokens for every prompt, past its end (vllm).")
     ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of caches: load an FP8 checkpoint as `moescope cache` converted it (CPU)."),
+    ] = None,
+    dump_cache: Annotated[
+        bool, typer.Option("--dump-cache", help="Convert the checkpoint into --cache-dir first, if it is not there.")
+    ] = False,
+    dump_only: Annotated[
+        bool, typer.Option("--dump-only", help="Convert the checkpoint into --cache-dir, and stop.")
+    ] = False,
 ) -> None:
     r"""Record which experts a model chooses over a set of prompts, and report on it.
 
@@ -275,6 +292,7 @@ def profile(
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
       moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
+      moescope profile prompts.jsonl -m MiniMaxAI/MiniMax-M2 --device cpu --cache-dir caches --dump-cache
     """
     intervals = _intervals(periodic_intervals)
     size = _batch_size(batch_size)
@@ -287,9 +305,13 @@ def profile(
         raise OptionError("--resume needs --output-dir, the folder of the interrupted run")
     if model == "":
         raise OptionError("--model is empty; name the folder of a checkpoint or a hub id, or leave the option out")
+    if (dump_cache or dump_only) and cache_dir is None:
+        raise OptionError(f"--dump-{'only' if dump_only else 'cache'} needs --cache-dir, the folder of caches")
+    if dump_only and model is None:
+        raise OptionError("--dump-only needs --model, the checkpoint to convert")
     _prepare_engine()
 
-    from moescope.adapters.session import open_engine, parse_engine_args, profile_prompts
+    from moescope.adapters.session import check_cacheable, open_engine, parse_engine_args, profile_prompts
     from moescope.profiler.demo import prompts_path
     from moescope.profiler.engine import Generation
     from moescope.profiler.files import PARTIAL_NAME, PROFILE_NAME, OutputFolder
@@ -297,6 +319,19 @@ def profile(
     from moescope.profiler.run import Interrupted
     from moescope.profiler.sidecars import load_sample, save_routers
 
+    if dump_only and model is not None and cache_dir is not None:
+        _build_cache(model, cache_dir, _cache_dtypes(dtype)[0], force=False)
+        return
+    name = model or "demo:stacked"
+    opening: dict[str, Any] = {
+        "device": device,
+        "attention": attention,
+        "engine_args": parse_engine_args(engine_arg or []),
+        "verify": verify,
+        "ignore_eos": ignore_eos,
+    }
+    if cache_dir is not None:
+        check_cacheable(name, engine.value, opening)
     if model is None:
         _console.print("No --model: profiling the embedded demo model.")
     if not prompts:
@@ -308,21 +343,20 @@ def profile(
     )
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force, resume=resume) as folder:
+        converted = None if cache_dir is None else _cached(name, cache_dir, dtype, dump=dump_cache)
+        if converted is not None:
+            opening["name"] = name
         with _console.status("Loading the model …"):
             opened = open_engine(
-                model or "demo:stacked",
-                engine=engine.value,
+                converted or name,
+                engine="transformers" if converted else engine.value,
                 dtype=dtype.value,
-                device=device,
                 trust_remote_code=trust_remote_code,
-                attention=attention,
                 flash_attention=use_flash_attention,
                 batch_size=size,
                 probabilities=None if probabilities is None else probabilities.value,
                 coactivation=coactivation,
-                engine_args=parse_engine_args(engine_arg or []),
-                verify=verify,
-                ignore_eos=ignore_eos,
+                **opening,
             )
         _check_type(opened.model.architecture, model_type)
         tokens = max_tokens
@@ -385,6 +419,27 @@ def profile(
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
     typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
+
+
+@app.command()
+def cache(
+    model: Annotated[str, typer.Argument(help="Folder of an FP8 checkpoint, or hub id of one that is downloaded.")],
+    cache_dir: Annotated[Path, typer.Option(help="Folder of caches; the model gets a folder of its own in it.")],
+    dtype: Annotated[
+        CacheDtype, typer.Option(help="Type to convert to: half the size, or without rounding.")
+    ] = CacheDtype.bfloat16,
+    force: Annotated[bool, typer.Option("--force", help="Convert again what is there.")] = False,
+) -> None:
+    r"""Convert an FP8 checkpoint once, scales applied, to files that run on any CPU.
+
+    An interrupted conversion goes on with the same command.
+
+    \b
+    Example:
+      moescope cache MiniMaxAI/MiniMax-M2 --cache-dir caches
+    """
+    _prepare_engine()
+    _build_cache(model, cache_dir, dtype.value, force=force)
 
 
 @app.command()
@@ -608,6 +663,47 @@ def compare(
     typer.echo(f"Wrote the comparison in {path}")
 
 
+def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:
+    """Types of the caches that serve a model loaded in `dtype`, the one to build first."""
+    both = (CacheDtype.bfloat16.value, CacheDtype.float32.value)
+    return {Dtype.auto: both, Dtype.bfloat16: both}.get(dtype, both[1:])
+
+
+def _cached(model: str, cache_dir: Path, dtype: Dtype, *, dump: bool) -> str | None:
+    """The folder of the model's cache, built if asked for; None if the model is to be loaded as it is."""
+    from moescope.adapters.model_cache import find_cache
+    from moescope.adapters.session import DEMO
+
+    dtypes = _cache_dtypes(dtype)
+    if model.startswith(DEMO):
+        _console.print(f"Nothing to convert: {model} is not FP8.")
+        return None
+    found = next((path for kind in dtypes if (path := find_cache(model, cache_dir, kind)) is not None), None)
+    if found is None and dump:
+        return _build_cache(model, cache_dir, dtypes[0], force=False)
+    if found is None:
+        _console.print(f"No cache of {model} in {cache_dir}: loading it as it is; --dump-cache would build one.")
+        return None
+    _console.print(f"Loading {model} from its cache {found}")
+    return str(found)
+
+
+def _build_cache(model: str, cache_dir: Path, dtype: str, *, force: bool) -> str | None:
+    """Convert a checkpoint and say so; None if there is nothing to convert."""
+    from moescope.adapters.model_cache import build_cache, find_cache
+
+    if not force and (found := find_cache(model, cache_dir, dtype)) is not None:
+        typer.echo(f"{found} is there and complete; --force converts it again")
+        return str(found)
+    with _converting() as on_progress:
+        path = build_cache(model, cache_dir, dtype, force=force, on_progress=on_progress)
+    if path is None:
+        typer.echo(f"Nothing to convert: {model} is not FP8; it can be profiled as it is")
+        return None
+    typer.echo(f"Wrote {path}")
+    return str(path)
+
+
 def _report(
     done: "RoutingProfile",
     folder: Path,
@@ -750,7 +846,43 @@ def _prepare_engine() -> None:
 
 @contextmanager
 def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[["RunProgress"], None]]]:
-    """Callbacks that draw progress on a terminal, and a line every ten seconds elsewhere."""
+    """Callbacks of a run, for prompts that are read and prompts that are run."""
+    with _bar("Reading prompts") as show:
+
+        def on_tokenized(count: int, tokens: int) -> None:
+            show("Reading prompts", f"{count:,} prompts, {tokens:,} tokens")
+
+        def on_progress(state: "RunProgress") -> None:
+            left = "" if state.seconds_left is None else f", {_duration(state.seconds_left)} left"
+            show(
+                "Profiling",
+                f"{state.prompts:,}/{state.prompts_total:,} prompts, {state.tokens_per_second:,.0f} tokens/s{left}",
+                completed=state.prompts,
+                total=state.prompts_total,
+            )
+
+        yield on_tokenized, on_progress
+
+
+@contextmanager
+def _converting() -> Iterator[Callable[[int, int], None]]:
+    """Callback of a conversion, told bytes that are there and bytes in all."""
+    with _bar("Converting") as show:
+        begun: tuple[float, int] | None = None
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal begun
+            begun = begun or (time.monotonic(), done)
+            seconds, new = time.monotonic() - begun[0], done - begun[1]
+            left = f", {new / seconds / 1e9:.2f} GB/s, {_duration((total - done) * seconds / new)} left" if new else ""
+            show("Converting", f"{done / 1e9:,.1f}/{total / 1e9:,.1f} GB{left}", completed=done, total=total)
+
+        yield on_progress
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Callable[..., None]]:
+    """A callback that draws progress on a terminal, and a line every ten seconds elsewhere."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -759,7 +891,7 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[["RunProg
         console=_console,
         disable=not _console.is_terminal,
     )
-    task = bar.add_task("Reading prompts", total=None, counts="")
+    task = bar.add_task(description, total=None, counts="")
     last = time.monotonic()
 
     def show(description: str, counts: str, **fields: Any) -> None:
@@ -769,20 +901,8 @@ def _progress() -> Iterator[tuple[Callable[[int, int], None], Callable[["RunProg
             last = time.monotonic()
             _console.print(f"{description}: {counts}")
 
-    def on_tokenized(count: int, tokens: int) -> None:
-        show("Reading prompts", f"{count:,} prompts, {tokens:,} tokens")
-
-    def on_progress(state: "RunProgress") -> None:
-        left = "" if state.seconds_left is None else f", {_duration(state.seconds_left)} left"
-        show(
-            "Profiling",
-            f"{state.prompts:,}/{state.prompts_total:,} prompts, {state.tokens_per_second:,.0f} tokens/s{left}",
-            completed=state.prompts,
-            total=state.prompts_total,
-        )
-
     with bar:
-        yield on_tokenized, on_progress
+        yield show
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +23,8 @@ _FP8: Final = "F8_E4M3"
 _DECODED_AT_ONCE: Final = 1 << 18  # elements; numpy takes eight bytes more for each
 _LAYER: Final = re.compile(rf"({'|'.join(map(re.escape, PREFIXES))})layers\.(0|[1-9]\d{{0,5}})\.(.+)", re.DOTALL)
 _EXPERT: Final = re.compile(r"(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
-_PACKED: Final = ("_blocks", ".qweight", ".qzeros", ".weight_packed", "_packed", ".weight_zero_point", ".absmax")
+#: How the names of weights end that are packed in a way that is not unpacked here.
+PACKED: Final = ("_blocks", ".qweight", ".qzeros", ".weight_packed", "_packed", ".weight_zero_point", ".absmax")
 _TELLING: Final = re.compile(
     r"^(?!.*experts\.[1-9]).*(?:moe|router|expert|\.gate\.)"
 )  # of single experts, the first will do
@@ -319,12 +321,24 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         ModelError: There is no such checkpoint, its files are damaged or contradict each other, its family's layout is
             not known, or its experts are packed in a way that this reader does not unpack.
     """
+    return _Reader(Shards(find_folder(model), str(model)), str(model)).checkpoint()
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint that is on this machine.
+
+    Args:
+        model: A folder, or the hub id of a model that is in the local cache; nothing is downloaded.
+
+    Raises:
+        ModelError: There is no such folder, or it has no config.
+    """
     folder = _folder(model)
     if not folder.is_dir():
         raise ModelError(f"{model} is a file; the folder of a checkpoint or a hub id is needed")
     if not (folder / "config.json").exists():
         raise ModelError(f"{model} has no config.json; the folder of a checkpoint or a hub id is needed")
-    return _Reader(Shards(folder, str(model)), str(model)).checkpoint()
+    return folder
 
 
 def _folder(model: str | Path) -> Path:
@@ -372,10 +386,8 @@ class _Reader:
         kinds = (self._config.get("model_type"), outer.get("model_type"))
         self._kind = next((kind for kind in kinds if isinstance(kind, str)), "")
         self._architecture = shown(names[0]) if isinstance(names, list) and names and isinstance(names[0], str) else ""
-        quantisation = outer.get("quantization_config", self._config.get("quantization_config"))
-        quantisation = quantisation if isinstance(quantisation, dict) else {}
-        self._method = quantisation.get("quant_method")
-        self._block = self._block_size(quantisation.get("weight_block_size"))
+        self._method = quantisation(outer).get("quant_method")
+        self._block = _block_size(outer, self._label)
         self._experts: dict[str, int] = {}  # bytes of each tensor
         self._routers: dict[str, int] = {}
         self._weights: set[StoredTensor] = set()
@@ -431,13 +443,6 @@ class _Reader:
                 return value
         raise ModelError(f"{self._label}: {' or '.join(fields)} is missing")
 
-    def _block_size(self, block: Any) -> tuple[int, int] | None:
-        if block is None:
-            return None
-        if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 1 << 30 for n in block):
-            raise ModelError(f"{self._label}: weight_block_size is not two positive whole numbers")
-        return block[0], block[1]
-
     def _groups(self, family: CheckpointFamily) -> dict[int, dict[str, str]]:
         """By layer, the tensors of the language model: what stands after `layers.N.` to the full name."""
         found: dict[str, dict[int, dict[str, str]]] = {}
@@ -458,7 +463,7 @@ class _Reader:
     def _layout(self, family: CheckpointFamily, index: int, names: dict[str, str]) -> Layout | None:
         """The layout of a layer; None if it does not route."""
         for rest, name in names.items():
-            if "expert" in rest and rest.endswith(_PACKED):
+            if "expert" in rest and rest.endswith(PACKED):
                 method = f" ({shown(self._method)})" if isinstance(self._method, str) else ""
                 raise ModelError(
                     f"{self._model}: the experts are packed{method}, which this reader does not unpack: tensor"
@@ -604,30 +609,113 @@ class _Reader:
 
     def _factors(self, tensor: StoredTensor, expert: int, before: int, sums: dict[str, int]) -> _Factors | None:
         """The scale of a matrix that begins `before` rows after the start of an expert of `tensor`."""
-        found = [tensor.name + ending for ending in ("_scale_inv", "_scale") if tensor.name + ending in self._shards]
-        if tensor.dtype != _FP8:
-            if found:
-                raise tensor.refuse(f"is {tensor.dtype}, but has a scale ({shown(found[0])})")
+        scale = _scale_of(self._shards, tensor)
+        if scale is None:
             return None
-        if len(found) != 1:
-            raise tensor.refuse(f"is FP8 and {'has two scales' if found else 'lacks its scale'}: _scale_inv or _scale")
-        scale = self._shards.find(found[0])
-        if scale.dtype not in DTYPES or scale.dtype == _FP8:
-            raise scale.refuse(f"is a scale stored as {shown(scale.dtype)}, which this reader does not read")
         sums[scale.name] = scale.size
-        lead, (rows, columns) = tensor.shape[:-2], tensor.shape[-2:]
-        if self._block is not None:
-            high, wide = -(-rows // self._block[0]), -(-columns // self._block[1])
-            if scale.shape == (*lead, high, wide):
-                return _Factors(scale, expert * high * wide, wide, self._block, before)
-        if math.prod(scale.shape) == 1:
-            return _Factors(scale, 0, 1, (rows, columns), before)
-        if scale.shape in (lead, (*lead, 1), (*lead, 1, 1)):
-            return _Factors(scale, expert, 1, (rows, columns), before)
-        if scale.shape in ((*lead, rows), (*lead, rows, 1)):
-            return _Factors(scale, expert * rows, 1, (1, columns), before)
-        block = f"blocks of {list(self._block)}" if self._block else "no weight_block_size in the config"
-        raise scale.refuse(f"of shape {list(scale.shape)} is no scale of shape {list(tensor.shape)} with {block}")
+        return _factors(tensor, scale, self._block, expert, before)
+
+
+class Fp8Tensors:
+    """The FP8 tensors of a checkpoint, whatever they belong to, as float32.
+
+    Args:
+        shards: The files of the checkpoint.
+        model: Its name in errors.
+
+    Raises:
+        ModelError: The config cannot be read.
+    """
+
+    def __init__(self, shards: Shards, model: str) -> None:
+        self._shards = shards
+        self._block = _block_size(shards.read_json("config.json"), f"{model}/config.json")
+
+    def scale(self, tensor: StoredTensor) -> StoredTensor | None:
+        """The scale of a tensor; None of one that is not FP8.
+
+        Raises:
+            ModelError: A tensor that is FP8 has no scale, or none that fits it; or another one has a scale.
+        """
+        scale = _scale_of(self._shards, tensor)
+        if scale is not None:
+            if len(tensor.shape) not in (2, 3):
+                raise tensor.refuse(f"is FP8 of shape {list(tensor.shape)}, which this reader does not scale")
+            _factors(tensor, scale, self._block, 0, 0)
+        return scale
+
+    def pieces(self, tensor: StoredTensor, elements: int) -> Iterator[Tensor]:
+        """A tensor times its scale, some rows at a time, in order.
+
+        Args:
+            tensor: One that has a `scale`.
+            elements: Elements of a piece, about; at least a row is read.
+
+        Yields:
+            (rows, columns) float32.
+
+        Raises:
+            ModelError: As `scale`, or its file cannot be read any more.
+        """
+        scale = self.scale(tensor)
+        assert scale is not None
+        rows, columns = tensor.shape[-2:]
+        step = max(1, elements // max(1, columns))
+        for index in range(math.prod(tensor.shape[:-2])):
+            factors = _factors(tensor, scale, self._block, index, 0)
+            matrix = _Matrix(tensor, index * rows * columns, rows, columns, columns, factors=factors)
+            for first in range(0, rows, step):
+                last = min(rows, first + step)
+                yield _dequantise(matrix.read(first, last), matrix.scale(first, last))
+
+
+def quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of its quantisation; it can stand in the part for text."""
+    nested = config.get("text_config")
+    found = config.get("quantization_config", nested.get("quantization_config") if isinstance(nested, dict) else None)
+    return found if isinstance(found, dict) else {}
+
+
+def _block_size(config: dict[str, Any], label: str) -> tuple[int, int] | None:
+    block = quantisation(config).get("weight_block_size")
+    if block is None:
+        return None
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 1 << 30 for n in block):
+        raise ModelError(f"{label}: weight_block_size is not two positive whole numbers")
+    return block[0], block[1]
+
+
+def _scale_of(shards: Shards, tensor: StoredTensor) -> StoredTensor | None:
+    found = [tensor.name + ending for ending in ("_scale_inv", "_scale") if tensor.name + ending in shards]
+    if tensor.dtype != _FP8:
+        if found:
+            raise tensor.refuse(f"is {tensor.dtype}, but has a scale ({shown(found[0])})")
+        return None
+    if len(found) != 1:
+        raise tensor.refuse(f"is FP8 and {'has two scales' if found else 'lacks its scale'}: _scale_inv or _scale")
+    scale = shards.find(found[0])
+    if scale.dtype not in DTYPES or scale.dtype == _FP8:
+        raise scale.refuse(f"is a scale stored as {shown(scale.dtype)}, which this reader does not read")
+    return scale
+
+
+def _factors(
+    tensor: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None, expert: int, before: int
+) -> _Factors:
+    """Where the scale of a matrix lies that begins `before` rows after the start of an expert of `tensor`."""
+    lead, (rows, columns) = tensor.shape[:-2], tensor.shape[-2:]
+    if block is not None:
+        high, wide = -(-rows // block[0]), -(-columns // block[1])
+        if scale.shape == (*lead, high, wide):
+            return _Factors(scale, expert * high * wide, wide, block, before)
+    if math.prod(scale.shape) == 1:
+        return _Factors(scale, 0, 1, (rows, columns), before)
+    if scale.shape in (lead, (*lead, 1), (*lead, 1, 1)):
+        return _Factors(scale, expert, 1, (rows, columns), before)
+    if scale.shape in ((*lead, rows), (*lead, rows, 1)):
+        return _Factors(scale, expert * rows, 1, (1, columns), before)
+    blocks = f"blocks of {list(block)}" if block else "no weight_block_size in the config"
+    raise scale.refuse(f"of shape {list(scale.shape)} is no scale of shape {list(tensor.shape)} with {blocks}")
 
 
 def _sample(names: list[str]) -> str:

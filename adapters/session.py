@@ -119,6 +119,30 @@ def open_engine(model: Any, *, engine: str = "auto", tokenizer: Any = None, **op
     return ENGINES[name](model, tokenizer, options)
 
 
+def check_cacheable(model: Any, engine: str, options: Mapping[str, Any]) -> None:
+    """Refuse a cache of converted weights where the engine reads FP8 by itself.
+
+    Args:
+        model: As in `open_engine`.
+        engine: "auto" or a name in `ENGINES`.
+        options: The options that `open_engine` will get.
+
+    Raises:
+        OptionError: The model would run in vLLM or on another device than a CPU.
+    """
+    name = choose_engine(model, options) if engine == "auto" else engine
+    if name != "transformers":
+        raise OptionError(
+            f"--cache-dir is for transformers on a CPU, and {name} runs FP8 checkpoints as they are; "
+            f"leave it out, or give --engine transformers --device cpu"
+        )
+    import torch
+
+    device = options.get("device", "auto")
+    if (device == "auto" and torch.cuda.is_available()) or device not in ("auto", "cpu"):
+        raise OptionError("--cache-dir is for transformers on a CPU; leave it out, or give --device cpu")
+
+
 def parse_engine_args(items: Sequence[str]) -> dict[str, Any]:
     """Arguments of vLLM from `name=value`; values are JSON where they can be, else text.
 

@@ -29,7 +29,8 @@ _SINGLE: Final = "model.safetensors"
 _MAX_HEADER: Final = 100_000_000  # the limit of the format
 _MAX_JSON: Final = 256 << 20
 _MAX_SHOWN: Final = 200
-_BITS: Final = {
+#: Bits of an element, for every element type whose tensors can be told apart in a file.
+BITS: Final = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
     **dict.fromkeys(("I32", "U32", "F32"), 32),
@@ -66,7 +67,7 @@ class StoredTensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * _BITS[self.dtype] // 8
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
     def refuse(self, what: str) -> ModelError:
         """The error that names this tensor and its file."""
@@ -87,11 +88,24 @@ class StoredTensor:
         Raises:
             ModelError: The file cannot be read, or became shorter since it was opened.
         """
+        shape = (pieces, count)
         if pitch == count:
-            count, pieces, shape = count * pieces, 1, (pieces, count)
-        else:
-            shape = (pieces, count)
-        width = _BITS[self.dtype] // 8
+            count, pieces = count * pieces, 1
+        return self._runs(first, count, pieces, pitch).view(DTYPES[self.dtype]).reshape(shape)
+
+    def raw(self, first: int, count: int) -> Tensor:
+        """Read `count` elements from `first` on, of whatever dtype, as bytes.
+
+        Returns:
+            (bytes,) uint8, in memory of its own.
+
+        Raises:
+            ModelError: As `read`.
+        """
+        return self._runs(first, count, 1, 0)
+
+    def _runs(self, first: int, count: int, pieces: int, pitch: int) -> Tensor:
+        width = BITS[self.dtype] // 8
         buffer = torch.empty(pieces * count * width, dtype=torch.uint8)
         view = buffer.numpy().data
         try:
@@ -106,7 +120,7 @@ class StoredTensor:
                         left = left[done:]
         except OSError as error:
             raise self.refuse(f"cannot be read: {error.strerror}") from error
-        return buffer.view(DTYPES[self.dtype]).reshape(shape)
+        return buffer
 
 
 class Shards:
@@ -143,6 +157,11 @@ class Shards:
         """Names of all tensors, as the index or, without one, the files give them."""
         return self._where.keys()
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold these tensors, in order."""
+        return sorted(set(self._where.values()))
+
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
@@ -154,14 +173,50 @@ class Shards:
         """
         return self._header(self._where[name])[name]
 
-    def read_json(self, name: str) -> dict[str, Any]:
+    def held(self, shard: str) -> list[StoredTensor]:
+        """The tensors of one of `files`, in the order in which they lie there.
+
+        Raises:
+            ModelError: The file is missing or damaged.
+        """
+        found = (tensor for name, tensor in self._header(shard).items() if name in self._where)
+        return sorted(found, key=lambda tensor: tensor.offset)
+
+    def samples(self, shard: str, size: int) -> tuple[int, tuple[bytes, ...]]:
+        """What tells one of `files` from another: its bytes in all, its header, and `size` bytes at three places.
+
+        Raises:
+            ModelError: The file is missing, damaged or cannot be read.
+        """
+        tensors = self._header(shard).values()
+        start = min((tensor.offset for tensor in tensors), default=0)
+        file, label = self._inside(shard), f"{self._model}/{shard}"
+        whole = _size(file, label)
+        try:
+            with file.open("rb") as stream:
+                parts = [stream.read(start)]
+                for place in (start, start + (whole - start) // 2, max(start, whole - size)):
+                    stream.seek(place)
+                    parts.append(stream.read(size))
+        except OSError as error:
+            raise ModelError(f"{label}: {error.strerror}") from error
+        return whole, tuple(parts)
+
+    def read_bytes(self, name: str, limit: int = _MAX_JSON) -> bytes:
         """Read a small file of the checkpoint.
+
+        Raises:
+            ModelError: It is missing, leaves the folder, or has more bytes than `limit`.
+        """
+        return _read_bytes(self._inside(name), f"{self._model}/{name}", limit)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a small JSON file of the checkpoint.
 
         Raises:
             ModelError: It is missing, leaves the folder, is too large, or holds no JSON object.
         """
-        label = f"{self._model}/{name}"
-        return _parse(_read_bytes(self._inside(name), label, _MAX_JSON), label)
+        return _parse(self.read_bytes(name), f"{self._model}/{name}")
 
     def _read_index(self) -> dict[str, str]:
         label = f"{self._model}/{_INDEX}"
@@ -299,7 +354,7 @@ def _read_entry(name: str, entry: Any, label: str, file: Path, start: int) -> tu
         raise ModelError(f"{label}: tensor {shown(name)} has no usable dtype, shape and data_offsets")
     tensor = StoredTensor(name, label, file, dtype, tuple(shape), start + offsets[0])
     size = offsets[1] - offsets[0]
-    if size < 0 or (dtype in _BITS and size != tensor.size):
+    if size < 0 or (dtype in BITS and size != tensor.size):
         raise tensor.refuse(f"has {size} bytes, which is not {shown(dtype)} of shape {shape}")
     return tensor, start + offsets[1]
 

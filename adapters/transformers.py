@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moescope.adapters.checkpoints import quantisation
 from moescope.adapters.encoding import encode_prompts, first_line, token_texts
 from moescope.adapters.folders import check_folder
 from moescope.adapters.transformers_hooks import (
@@ -357,7 +358,9 @@ def load_engine(
     except ModelError:
         raise
     except Exception as error:  # loading fails in many ways, all of them the model's
-        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
+        fp8 = quantisation(config.to_dict()).get("quant_method") == "fp8" and target.type == "cpu"
+        hint = "; `moescope cache` converts FP8 checkpoints for the CPU" if fp8 else ""
+        raise ModelError(f"cannot load {model}: {first_line(error)}{hint}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception:  # a model without tokenizer still takes token ids; `encode` says what is missing

@@ -118,18 +118,19 @@ class OutputFolder:
         path: The folder.
         force: Write into a folder that already holds results.
         resume: Go on from `profile.partial.safetensors` in it.
+        option: The option that names the folder, in errors.
 
     Raises:
         OutputError: The folder exists and neither `force` nor `resume` was given, belongs to another run that is
             still going on, is a file, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, force: bool = False, resume: bool = False) -> None:
+    def __init__(self, path: Path, *, force: bool = False, resume: bool = False, option: str = "--output-dir") -> None:
         self.path = path
         self._created: list[Path] = []
         self._lock: IO[str] | None = None
         if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; --output-dir needs a folder")
+            raise OutputError(f"{path} is a file; {option} needs a folder")
         if resume and not path.is_dir():
             raise OutputError(f"No such folder: {path}; --resume goes on in the folder of the interrupted run")
         try:
@@ -148,7 +149,7 @@ class OutputFolder:
         except OSError as error:
             self._lock.close()
             self._lock = None
-            raise OutputError(f"{path} is in use by another run; choose another --output-dir") from error
+            raise OutputError(f"{path} is in use by another run; choose another {option}") from error
         for rest in path.glob(f".{Path(PROFILE_NAME).stem}*.tmp"):  # of a run that was killed while it saved
             rest.unlink(missing_ok=True)
         others = [entry for entry in path.iterdir() if entry.name != LOCK_NAME]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fp8 import e4m3, quantise
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tiny_models import FAMILY_CONFIGS, tiny_model
@@ -156,29 +157,6 @@ QWEN = {
     "moe_intermediate_size": 6,
 }
 BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}}
-
-
-def e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Values of FP8 codes: 1 sign bit, 4 bits of exponent with bias 7, 3 bits of mantissa."""
-    exponent = (codes >> 3 & 15).astype(np.float64)
-    mantissa = (codes & 7) / 8
-    size = np.where(exponent == 0, 2.0**-6 * mantissa, 2.0 ** (exponent - 7) * (1 + mantissa))
-    return np.where(codes >> 7, -size, size)
-
-
-def quantise(weights: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, NDArray[np.float64]]:
-    """FP8 codes, one scale per block, and what they stand for."""
-    rows, columns = weights.shape
-    values = weights.double().numpy()
-    scales = np.empty((-(-rows // block[0]), -(-columns // block[1])), np.float32)
-    spread = np.empty_like(values)
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            where = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
-            scales[i, j] = np.abs(values[where]).max() / 448
-            spread[where] = scales[i, j]
-    codes = torch.from_numpy((values / spread).astype(np.float32)).to(torch.float8_e4m3fn)
-    return codes, torch.from_numpy(scales), e4m3(codes.view(torch.uint8).numpy()) * spread
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], shards: int = 1) -> Path:
