@@ -152,8 +152,8 @@ def expert_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure]) 
             "All experts of a layer against all of another, without what the experts of a layer share. A circle marks "
             "the best one-to-one partner: circles on the diagonal mean that experts keep their index, circles on "
             "strong cells elsewhere that they were permuted; circles on pale cells mean nothing, as matching finds a "
-            f"partner for everyone. {len(result.matches):,} of {every:,} pairs of layers were matched; the clearest can be "
-            "chosen here.",
+            f"partner for everyone. {len(result.matches):,} of {every:,} pairs of layers were matched; the clearest "
+            "can be chosen here.",
             figures["expert_match_matrix.html"],
             720,
             page="expert_match_matrix.html",
