@@ -39,8 +39,7 @@ def verdict_in_words(result: WeightSimilarity | WeightChange) -> str:
     found, change = result.verdict, isinstance(result, WeightChange)
     what = "layers" if change else "pairs of layers"
     if found is None:
-        matched = f"No {what} were matched, so no relation was tested."
-        return f"{matched} Cosines at the same index are shown below."
+        return f"No {what} were matched, so no relation was tested."
     if found.kind == "not measurable":
         return f"Not measurable: of {len(found.pairs):,} matched {what} none has enough usable experts for a test."
     if found.kind == "none":
@@ -102,15 +101,25 @@ def _stacked(result: WeightSimilarity) -> str:
     spread = pairs_by_distance(found)
     related = {delta: counts for delta, counts in spread.items() if counts[0]}
     listed = ", ".join(f"Δ = {delta} ({one} of {all_} tested)" for delta, (one, all_) in list(related.items())[:6])
-    more = f" and {len(related) - 6} more distances" if len(related) > 6 else ""
-    steps = math.gcd(*related)
-    # Multiples say something only where other distances were tested, too, and are not related.
-    regular = len(related) > 1 and min(related) == steps and any(delta % steps for delta in spread)
-    period = f", all multiples of {steps}, as in a model stacked from {steps} layers" if regular else ""
+    more = f" and {len(related) - 6} more" if len(related) > 6 else ""
     return (
         f"Layers {'seem to ' if result.coverage.sketched else ''}repeat: {found.related:,} of {len(found.pairs):,} "
-        f"matched pairs of layers are related, at {listed}{more}{period}."
+        f"matched pairs of layers are related, at {listed}{more}{_period(list(related), list(spread))}."
     )
+
+
+def _period(related: Sequence[int], tested: Sequence[int]) -> str:
+    """What the distances of related layers have in common, if others were tested; "" if nothing.
+
+    Layers that repeat every three are related at every twelve, too: a period is one only if no divisor of it could be.
+    """
+    step = math.gcd(*related)
+    if len(related) < 2 or min(related) > step or all(delta % step == 0 for delta in tested):
+        return ""
+    untested = [divisor for divisor in range(1, step) if step % divisor == 0 and divisor not in tested]
+    if untested:
+        return f", all multiples of {step} (Δ = {', '.join(map(str, untested))} not tested)"
+    return f", all multiples of {step}, as in a model stacked from {step} layers"
 
 
 def _same_index(result: WeightSimilarity) -> str:

@@ -353,7 +353,7 @@ def _match(judged: PairVerdict, match: ExpertMatch) -> tuple[go.Heatmap, go.Scat
         name="best partner",
         marker={
             "symbol": "circle-open" if small else "circle",
-            "size": 7 if small else 6,
+            "size": 7 if small else float(np.clip(160 / experts, 5, 10)),
             "color": theme.INK if small else "white",
             "line": {"width": 1, "color": theme.INK},
         },

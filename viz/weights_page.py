@@ -90,7 +90,7 @@ def change_page(change: WeightChange, figures: Mapping[str, go.Figure]) -> Page:
                 "(columns), without what all experts of a layer share; a circle marks the best one-to-one partner. "
                 "Circles off the diagonal are experts that came to another index.",
                 figures["expert_match_matrix.html"],
-                720,
+                _matrix_height(figures),
                 page="expert_match_matrix.html",
             ),
         ],
@@ -155,7 +155,7 @@ def expert_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure]) 
             f"partner for everyone. {len(result.matches):,} of {every:,} pairs of layers were matched; the clearest "
             "can be chosen here.",
             figures["expert_match_matrix.html"],
-            720,
+            _matrix_height(figures),
             page="expert_match_matrix.html",
         ),
         Section(
@@ -191,10 +191,16 @@ def _router_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure])
     ]
 
 
-def _verdict(result: WeightSimilarity | WeightChange) -> tuple[bool, str]:
-    """Whether a test was made, and what it says."""
-    measured = result.verdict is not None and result.verdict.kind != "not measurable"
-    return measured, verdict_in_words(result)
+def _verdict(result: WeightSimilarity | WeightChange) -> tuple[bool, str] | None:
+    """Whether a test could be made, and what it says; none where nothing was to be matched."""
+    if result.verdict is None:
+        return None
+    return result.verdict.kind != "not measurable", verdict_in_words(result)
+
+
+def _matrix_height(figures: Mapping[str, go.Figure]) -> int:
+    """Pixels of the match matrix, few where it only says that there is none."""
+    return 720 if figures["expert_match_matrix.html"].data else 260
 
 
 def _similarity_facts(result: WeightSimilarity) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """The pages of weights: every figure draws, names its axes, and switches its views, in the light and in the dark."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from browser import HOSTILE, Opened, hostile_ran, problems, resize, show_all, vi
 from weight_results import weight_change, weight_similarity
 
 from moescope.stats.weight_similarity import WeightChange, WeightSimilarity
+from moescope.viz.report import write_report
+from moescope.viz.report_data import ReportData
 from moescope.viz.weights_report import write_weights
 
 Show = Callable[[Path, int], Opened]
@@ -112,3 +115,15 @@ def test_the_mouse_brings_the_cosine_of_two_experts_and_not_the_circle(written: 
     assert "experts 0 and 0" in label.first.text_content()
     assert "centred cosine 0." in label.first.text_content()
     opened.page.mouse.move(0, 0)
+
+
+def test_a_report_holds_the_sections_of_weights(
+    make_report: Callable[..., ReportData], tmp_path: Path, show: Show
+) -> None:
+    report = replace(make_report(sampled=True), weights=weight_similarity())
+    write_report(report, tmp_path)
+    opened = show(tmp_path / "report.html", 1280)
+    assert show_all(opened.page) == 9 + 6
+    assert problems(opened.page) == []
+    assert "Layers repeat: 5 of 21 matched pairs" in visible_text(opened.page)
+    assert opened.faults == []

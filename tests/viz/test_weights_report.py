@@ -76,9 +76,13 @@ def test_what_was_not_tested_is_not_claimed() -> None:
 
 
 def test_a_period_is_named_only_where_other_distances_were_tested() -> None:
-    assert "at Δ = 3 (4 of 4 tested), Δ = 6 (1 of 1 tested), all multiples of 3" in found(weight_similarity())
+    assert "Δ = 6 (1 of 1 tested), all multiples of 3, as in a model stacked from 3 layers." in found(
+        weight_similarity()
+    )
     chosen = weight_similarity(pairs=[(0, 3), (1, 4), (0, 6)])
     assert "at Δ = 3 (2 of 2 tested), Δ = 6 (1 of 1 tested)." in found(chosen)
+    wide = weight_similarity(layers=range(1, 14), pairs=[(0, 6), (0, 12), (1, 7), (0, 2), (0, 1)])
+    assert "Δ = 12 (1 of 1 tested), all multiples of 6 (Δ = 3 not tested)." in found(wide)
 
 
 def test_a_shared_mean_is_not_taken_for_a_relation() -> None:
@@ -192,10 +196,10 @@ def test_a_change_has_no_distance_in_its_table() -> None:
     assert page.table[1] == ("layer", "relation", "mean cosine", "null level", "p, corrected", "own index")
     assert sorted(row[0] for row in page.table[2]) == list(change.layers)
     assert page.verdict == (True, verdict_in_words(change))
-    assert change_page(weight_change(match=False), figures).verdict == (
-        False,
-        "No layers were matched, so no relation was tested. Cosines at the same index are shown below.",
-    )
+    assert change_page(weight_change(match=False), figures).verdict is None
+    unmeasured = change_page(weight_change(experts=2), figures).verdict
+    assert unmeasured is not None
+    assert unmeasured[0] is False
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
