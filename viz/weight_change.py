@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moescope.stats.expert_similarity import PARTS
+from moescope.stats.pairwise import finite_mean
 from moescope.stats.weight_similarity import WeightChange
 from moescope.viz import theme
 from moescope.viz.activation import COLOUR_PERCENTILE
@@ -63,7 +64,7 @@ def change_lines(change: WeightChange, subject: str = "") -> go.Figure:
             figure.add_trace(
                 go.Scatter(
                     x=change.layers,
-                    y=mean_by_layer(matrix),
+                    y=finite_mean(matrix, axis=1),
                     name=name,
                     mode="lines+markers",
                     line={
@@ -79,13 +80,6 @@ def change_lines(change: WeightChange, subject: str = "") -> go.Figure:
     figure.update_layout(showlegend=True)
     theme.add_view_buttons(figure, list(views), traces_each=len(PARTS) + 1, y_titles=titles)
     return figure
-
-
-def mean_by_layer(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(L,) mean over the experts (L, E) that have a value; NaN without any."""
-    finite = np.isfinite(matrix)
-    count = finite.sum(axis=1)
-    return np.where(count > 0, np.where(finite, matrix, 0.0).sum(axis=1) / np.maximum(count, 1), np.nan)
 
 
 def _heatmap(name: str, matrix: NDArray[np.float64], layers: tuple[int, ...]) -> go.Heatmap:

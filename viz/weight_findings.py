@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from moescope.stats.expert_matching import Kind, PairVerdict, Verdict
 from moescope.stats.expert_similarity import PARTS, DistanceSimilarity, UnusableExpert, similarity_by_distance
-from moescope.stats.pairwise import by_distance
+from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
-from moescope.viz.weight_change import mean_by_layer
-from moescope.viz.weights import clearest_first, mean_over_experts
+from moescope.viz.weights import clearest_first
 
 ALIKE, APART = 0.5, 0.1
 """Mean cosine of two experts of a layer from which they are called alike, and up to which apart: a rule of thumb."""
@@ -155,7 +154,7 @@ def _peak(result: WeightSimilarity) -> str:
     """Where among all distances the centred cosine is highest; distances with two pairs of layers at least."""
     layers = result.same_index.layers
     deltas = list(range(1, layers[-1] - layers[0] + 1))
-    matrix = by_distance(mean_over_experts(result.same_index.centred), layers, deltas)
+    matrix = by_distance(finite_mean(result.same_index.centred, axis=0), layers, deltas)
     usable = [column for column in range(len(deltas)) if np.isfinite(matrix[:, column]).sum() > 1]
     if len(usable) < 2:
         return ""
@@ -225,7 +224,7 @@ def _most_changed(change: WeightChange) -> str:
     if not finite.any():
         return "No expert has changed: the weights are the same."
     row, expert = np.unravel_index(int(np.nanargmax(matrix)), matrix.shape)
-    by_layer = mean_by_layer(matrix)
+    by_layer = finite_mean(matrix, axis=1)
     most = int(np.nanargmax(by_layer))
     return (
         f"An expert has changed by {_percent(float(np.median(finite)))} of its length in the median (cosine "

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from moescope.stats.expert_matching import ExpertMatch, LayerPair, Null, PairVerdict, Verdict
 from moescope.stats.expert_similarity import PARTS, UnusableExpert, similarity_by_distance
+from moescope.stats.pairwise import finite_mean
 from moescope.stats.similarity import RouterSimilarity
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
-from moescope.viz.weights import mean_over_experts
 
 NO_ROUTERS = "router weights were not read"
 NO_EXPERTS = "the experts' weights were not read"
@@ -58,8 +58,8 @@ def expert_tree(result: WeightSimilarity | None) -> dict[str, Any]:
             for raw, own in zip(result.by_distance, centred, strict=True)
         },
         "layer_similarity": {
-            "cosine": mean_over_experts(same.cosine),
-            "centred_cosine": mean_over_experts(same.centred),
+            "cosine": finite_mean(same.cosine, axis=0),
+            "centred_cosine": finite_mean(same.centred, axis=0),
             **_by_part("part_cosine", same.part_cosine),
             **_by_part("part_centred_cosine", same.part_centred),
         },
@@ -131,7 +131,7 @@ def match_trees(matches: Sequence[LayerPair], verdict: Verdict | None) -> list[d
 
 def _by_part(name: str, cosine: NDArray[np.float64]) -> dict[str, Any]:
     """Mean over experts (L, L) of each part."""
-    return {name: {part: mean_over_experts(own) for part, own in zip(PARTS, cosine, strict=True)}}
+    return {name: {part: finite_mean(own, axis=0) for part, own in zip(PARTS, cosine, strict=True)}}
 
 
 def _pair_tree(pair: PairVerdict) -> dict[str, Any]:

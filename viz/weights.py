@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 
 from moescope.stats.expert_matching import ExpertMatch, LayerPair, PairVerdict, Verdict
 from moescope.stats.expert_similarity import DistanceSimilarity, similarity_by_distance
-from moescope.stats.pairwise import by_distance
+from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz import theme
 from moescope.viz.similarity import COSINE_BAR, colour_limit, layer_square, square_axes
@@ -41,14 +40,6 @@ class _DistanceView:
     def label(self) -> str:
         """What its button says."""
         return f"Δ = {self.similarity.delta}, {self.name}"
-
-
-def mean_over_experts(cosine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(L, L) mean over experts of (E, L, L); undefined cosines are left out, NaN where all are."""
-    finite = np.isfinite(cosine)
-    count = finite.sum(axis=0)
-    total = np.where(finite, cosine, 0.0).sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def expert_histogram(result: WeightSimilarity, subject: str = "") -> go.Figure:
@@ -119,7 +110,7 @@ def expert_layer_heatmap(result: WeightSimilarity, subject: str = "") -> go.Figu
         f"{name}{suffix}": part for name, part in zip(("Gate", "Up", "Down"), parts, strict=True)
     }
     apart = ~np.eye(len(similarity.layers), dtype=np.bool_)
-    means = {name: mean_over_experts(cosine) for name, cosine in views.items()}
+    means = {name: finite_mean(cosine, axis=0) for name, cosine in views.items()}
     measured = {name: mean for name, mean in means.items() if np.isfinite(mean[apart]).any()}
     if not measured:
         return theme.say_no_data(figure, NO_EXPERTS)
@@ -147,15 +138,14 @@ def expert_distance_lines(result: WeightSimilarity, subject: str = "") -> go.Fig
         ("centred", result.same_index.centred, theme.STRONG_COLOUR),
     )
     for name, cosine, colour in lines:
-        matrix = by_distance(mean_over_experts(cosine), layers, deltas.tolist())
-        finite = np.isfinite(matrix)
-        pairs = finite.sum(axis=0)
+        matrix = by_distance(finite_mean(cosine, axis=0), layers, deltas.tolist())
+        pairs = np.isfinite(matrix).sum(axis=0)
         measured = pairs > 0
         if measured.any():
             figure.add_trace(
                 go.Scatter(
                     x=deltas[measured],
-                    y=np.where(finite, matrix, 0.0).sum(axis=0)[measured] / pairs[measured],
+                    y=finite_mean(matrix, axis=0)[measured],
                     customdata=pairs[measured],
                     name=name,
                     mode="lines+markers",

@@ -18,7 +18,6 @@ from moescope.viz.weights import (
     expert_layer_heatmap,
     expert_scatter,
     match_heatmap,
-    mean_over_experts,
     within_layer_bars,
 )
 
@@ -29,11 +28,6 @@ def titles(figure: go.Figure) -> tuple[str, str]:
 
 def labels(figure: go.Figure) -> list[str]:
     return [button.label for menu in figure.layout.updatemenus for button in menu.buttons]
-
-
-def test_mean_over_experts_leaves_out_what_has_no_cosine() -> None:
-    cosine = np.array([[[1.0, 0.5], [0.5, np.nan]], [[1.0, np.nan], [np.nan, np.nan]]])
-    np.testing.assert_array_equal(mean_over_experts(cosine), [[1.0, 0.5], [0.5, np.nan]])
 
 
 def test_the_histogram_counts_every_cosine_and_marks_mean_and_median() -> None:
