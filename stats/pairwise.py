@@ -63,3 +63,15 @@ def by_distance(pairwise: NDArray[np.float64], layers: Sequence[int], deltas: Se
         return np.empty(partner.shape)
     start = np.arange(len(layers))[:, None]
     return np.where(partner >= 0, pairwise[start, partner], np.nan)
+
+
+def finite_mean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Mean along an axis over what is finite; NaN where nothing is.
+
+    Args:
+        values: float64, any shape.
+        axis: the axis that the result lacks.
+    """
+    finite = np.isfinite(values)
+    count = finite.sum(axis=axis)
+    return np.where(count > 0, np.where(finite, values, 0.0).sum(axis=axis) / np.maximum(count, 1), np.nan)

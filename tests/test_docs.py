@@ -124,7 +124,7 @@ def keys(part: Any) -> Iterator[str]:
             yield from keys(inner)
 
 
-@pytest.mark.parametrize("name", ["analysis_data", "analysis_summary"])
+@pytest.mark.parametrize("name", ["analysis_data", "analysis_summary", "weights"])
 def test_every_key_of_the_structured_data_is_described(name: str) -> None:
     text = (ROOT / "docs" / "structured-data.md").read_text(encoding="utf-8")
     described = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))

@@ -36,7 +36,9 @@ def test_the_wheel_holds_every_module_and_the_demo(wheel: Path) -> None:
     for model in ("stacked", "control"):
         for file in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
             assert f"moescope/profiler/demo/{model}/{file}" in names
-    assert {f"moescope/viz/schema/analysis_{name}.schema.json" for name in ("data", "summary")} <= names
+    assert {
+        f"moescope/viz/schema/{name}.schema.json" for name in ("analysis_data", "analysis_summary", "weights")
+    } <= names
     assert {"moescope/py.typed", "moescope/profiler/demo/prompts.jsonl", "moescope/profiler/demo/README.md"} <= names
 
 

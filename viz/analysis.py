@@ -18,6 +18,7 @@ from moescope.stats.activation import (
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.periodicity import default_intervals, periodic_patterns
 from moescope.stats.similarity import router_similarity, similarity_at_distances
+from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.report_data import DomainView, ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
@@ -67,6 +68,7 @@ def analyze(
     router_weights: Sequence[NDArray[Any]] | None = None,
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
+    weights: WeightSimilarity | None = None,
 ) -> ReportData:
     """Compute what a report shows of a profile.
 
@@ -80,6 +82,7 @@ def analyze(
         router_weights: Router weights (E, H) of each MoE layer, or None if they were not read.
         routers: Router weights that were compared before, where they are not at hand now.
         sample: The router's distributions for some tokens, for the 3-D view.
+        weights: What a pass over the experts' weights of this model has found, for its own part of the report.
 
     Raises:
         ValueError: The measure was not recorded.
@@ -129,6 +132,7 @@ def analyze(
         correlated=correlate,
         domains=_by_domain(profile, measure, chosen, delta_max),
         sample=sample,
+        weights=weights,
     )
 
 

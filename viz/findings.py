@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.periodicity import MODERATE, STRONG
+from moescope.stats.similarity import RouterSimilarity
 from moescope.viz.activation import NAMES
 from moescope.viz.report_data import ReportData
+from moescope.viz.weight_findings import weight_findings
 
 FEW_SELECTIONS = 100
 """Below so many selections an expert on average a profile's shape is mostly chance: its relative error is about 10%."""
@@ -18,7 +20,13 @@ def findings(report: ReportData) -> list[str]:
     """Sentences for the head of a report: periods, load, routers, and how much they can carry."""
     if not report.tokens:
         return ["No tokens were routed: there is nothing to find."]
-    found = [_periods(report) if report.correlated else "", _load(report), _routers(report), _amount(report)]
+    found = [
+        _periods(report) if report.correlated else "",
+        _load(report),
+        router_finding(report.router_similarity) if report.router_similarity is not None else "",
+        *(weight_findings(report.weights)[:2] if report.weights is not None else ()),
+        _amount(report),
+    ]
     return [sentence for sentence in found if sentence]
 
 
@@ -60,10 +68,8 @@ def _load(report: ReportData) -> str:
     )
 
 
-def _routers(report: ReportData) -> str:
-    similarity = report.router_similarity
-    if similarity is None:
-        return ""
+def router_finding(similarity: RouterSimilarity) -> str:
+    """The distance at which the same experts' router rows are most alike; "" if no two pairs can be compared."""
     shown = _by_mean(similarity.row_cosine, similarity.deltas)
     if not shown:
         return ""

@@ -18,7 +18,8 @@ from moescope.stats.periodicity import MODERATE, STRONG
 from moescope.stats.similarity import similarity_at_distances
 from moescope.viz.analysis import activations
 from moescope.viz.errors import ExportError
-from moescope.viz.structured import NO_VARIANCE, NO_WEIGHTS, to_strict_json
+from moescope.viz.structured import NO_VARIANCE, to_strict_json
+from moescope.viz.weight_trees import NO_ROUTERS
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
@@ -123,7 +124,7 @@ def _routers(routers: "RouterTables | None", delta_max: int) -> dict[str, Any]:
             "cosine_similarity_matrix": None,
             "column_norm_correlation": None,
             "router_layers": None,
-            "reason": NO_WEIGHTS,
+            "reason": NO_ROUTERS,
         }
     tables = (routers.cosine, routers.row_norms, routers.row_cosine)
     places = range(len(routers.layers))

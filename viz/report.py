@@ -13,6 +13,7 @@ from moescope.viz.similarity import router_cosine_heatmap, router_norm_heatmap
 from moescope.viz.structured import SUFFIXES, StructuredFormat, analysis_data, analysis_summary, encode
 from moescope.viz.summary import summary_text
 from moescope.viz.surface import activation_surface
+from moescope.viz.weights_report import EXPERT_PAGES, expert_figures
 from moescope.viz.wording import subject
 
 PAGE_NAME = "report.html"
@@ -54,6 +55,8 @@ def write_report(
     }
     if not report.correlated:
         figures = {name: figure for name, figure in figures.items() if name not in CORRELATION_PAGES}
+    if report.weights is not None:
+        figures |= expert_figures(report.weights)
     texts = {"summary_report.txt": summary_text(report)}
     data = {}
     if structured:
@@ -69,6 +72,6 @@ def write_report(
     for name, content in data.items():
         write_bytes(folder / name, content)
     written = [PAGE_NAME, *figures, *texts, *data]
-    for name in {*CORRELATION_PAGES, *STRUCTURED_NAMES}.difference(written):
+    for name in {*CORRELATION_PAGES, *EXPERT_PAGES, *STRUCTURED_NAMES}.difference(written):
         (folder / name).unlink(missing_ok=True)  # an earlier report's, which this one leaves out
     return [folder / name for name in written]

@@ -8,6 +8,7 @@ from moescope.stats.activation import Activation, LayerLoad, Measure
 from moescope.stats.correlation import LayerCorrelation
 from moescope.stats.periodicity import PeriodicPatterns
 from moescope.stats.similarity import RouterSimilarity
+from moescope.stats.weight_similarity import WeightSimilarity
 
 if TYPE_CHECKING:  # a hand-over type
     from moescope.profiler.sidecars import TokenSample
@@ -55,6 +56,7 @@ class ReportData:
         correlated: False where correlation and periodic patterns were left out; they are then empty.
         domains: each domain by itself; empty where there is but one.
         sample: the router's distributions for some tokens of one prompt, or None.
+        weights: what the experts' weights say, or None where they were not read.
     """
 
     model_id: str
@@ -75,6 +77,7 @@ class ReportData:
     correlated: bool = True
     domains: tuple[DomainView, ...] = ()
     sample: "TokenSample | None" = None
+    weights: WeightSimilarity | None = None
 
     @property
     def measure(self) -> Measure:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from moescope.viz.load import load_by_layer
 from moescope.viz.page import Page, Section, packed
 from moescope.viz.periodicity import periodic_bars, periodic_boxes
 from moescope.viz.report_data import DomainView, ReportData
-from moescope.viz.wording import by_layer, index_ranges, subject
+from moescope.viz.weights_page import expert_sections
+from moescope.viz.wording import by_layer, index_ranges, minute, subject
 
 LOWEST, HIGHEST = 380, 1100
 """Least and greatest height of a figure with one row a layer, in pixels."""
@@ -43,7 +43,7 @@ def report_page(report: ReportData, figures: Mapping[str, go.Figure]) -> Page:
         sections=_sections(report, figures),
         domains=[view.name for view in _selectable(report)],
         table=_tokens(report),
-        footer=f"moescope {report.versions.get('moescope', '')} · recorded {_minute(report.created)}",
+        footer=f"moescope {report.versions.get('moescope', '')} · recorded {minute(report.created)}",
     )
 
 
@@ -66,17 +66,9 @@ def _facts(report: ReportData) -> list[tuple[str, str]]:
         ("Experts", by_layer([load.experts for load in report.loads], report.layers)),
         ("Tokens", f"{report.tokens:,} ({spread})"),
         ("Prompts", f"{report.prompts:,}"),
-        ("Recorded", _minute(report.created)),
+        ("Recorded", minute(report.created)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
-
-
-def _minute(created: str) -> str:
-    """A time to the minute; what is no time as it is."""
-    try:
-        return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-    except ValueError:
-        return created
 
 
 def _notes(report: ReportData) -> list[str]:
@@ -151,6 +143,7 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
             tall,
             page="router_norm_correlation.html",
         ),
+        *(expert_sections(report.weights, figures) if report.weights is not None else ()),
         Section(
             "tokens",
             "Token by token",

@@ -1,5 +1,7 @@
 """Figures of router weight similarity."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
@@ -36,28 +38,42 @@ def router_cosine_heatmap(similarity: RouterSimilarity | None, subject: str = ""
         return theme.say_no_data(figure, NO_WEIGHTS)
     if not np.isfinite(similarity.cosine).any():
         return theme.say_no_data(figure, "No router can be compared with another: there is nothing to show.")
-    limit = _limit(similarity.cosine[~np.eye(len(similarity.layers), dtype=bool)])
-    labels = theme.layer_labels(similarity.layers)
-    figure.add_trace(
-        go.Heatmap(
-            z=similarity.cosine.astype(np.float32),
-            x=labels,
-            y=labels,
-            name="cosine",
-            colorscale=theme.DIVERGING,
-            zmin=-limit,
-            zmid=0.0,
-            zmax=limit,
-            colorbar=COSINE_BAR,
-            hoverongaps=False,
-            hovertemplate="layers %{y} and %{x}<br>cosine %{z:.4f}<extra></extra>",
-        )
+    figure.add_trace(layer_square(similarity.cosine, similarity.layers, "cosine"))
+    square_axes(figure)
+    return figure
+
+
+def layer_square(cosine: NDArray[np.float64], layers: Sequence[int], name: str) -> go.Heatmap:
+    """Heatmap trace of a cosine, layer by layer; the colour saturates at the largest value off the diagonal.
+
+    Args:
+        cosine: (L, L) float64 within [-1, 1]; NaN is left blank.
+        layers: (L,) true model indices.
+        name: what the value is called.
+    """
+    limit = colour_limit(cosine[~np.eye(len(layers), dtype=bool)])
+    labels = theme.layer_labels(layers)
+    return go.Heatmap(
+        z=cosine.astype(np.float32),
+        x=labels,
+        y=labels,
+        name=name,
+        colorscale=theme.DIVERGING,
+        zmin=-limit,
+        zmid=0.0,
+        zmax=limit,
+        colorbar=COSINE_BAR,
+        hoverongaps=False,
+        hovertemplate=f"layers %{{y}} and %{{x}}<br>{name} %{{z:.4f}}<extra></extra>",
     )
+
+
+def square_axes(figure: go.Figure) -> None:
+    """Axes of a heatmap with as many rows as columns, and room below for its colour bar."""
     theme.layers_downwards(figure)
     figure.update_xaxes(type="category", constrain="domain")
     figure.update_yaxes(scaleanchor="x", constrain="domain")
     figure.update_layout(plot_bgcolor=theme.NO_DATA_COLOUR, margin_b=theme.MARGIN["b"] + 70)
-    return figure
 
 
 def router_norm_heatmap(similarity: RouterSimilarity | None, subject: str = "") -> go.Figure:
@@ -74,7 +90,7 @@ def router_norm_heatmap(similarity: RouterSimilarity | None, subject: str = "") 
         return theme.say_no_data(figure, NO_WEIGHTS)
     views = [
         ("norm correlation", similarity.norm_correlation, 1.0),
-        ("mean row cosine", similarity.row_cosine, _limit(similarity.row_cosine)),
+        ("mean row cosine", similarity.row_cosine, colour_limit(similarity.row_cosine)),
     ]
     measured = [view for view in views if np.isfinite(view[1]).any()]
     if not measured:
@@ -86,7 +102,7 @@ def router_norm_heatmap(similarity: RouterSimilarity | None, subject: str = "") 
     return figure
 
 
-def _limit(values: NDArray[np.float64]) -> float:
+def colour_limit(values: NDArray[np.float64]) -> float:
     """Symmetric colour limit that uses the whole map: the largest magnitude, within [0.05, 1]."""
     finite = np.abs(values[np.isfinite(values)])
     return float(np.clip(finite.max(initial=0.0), SMALLEST_LIMIT, 1.0)) if finite.size else 1.0

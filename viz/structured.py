@@ -12,6 +12,7 @@ import numpy as np
 from moescope.stats.activation import Activation, LayerLoad
 from moescope.stats.periodicity import PeriodicPattern
 from moescope.viz.report_data import ReportData
+from moescope.viz.weight_trees import expert_tree, router_tree
 
 StructuredFormat = Literal["json", "jsonl", "pickle"]
 #: How the name of a file in each format ends.
@@ -20,7 +21,6 @@ SUFFIXES: Final[Mapping[StructuredFormat, str]] = {"json": ".json", "jsonl": ".j
 NOT_RECORDED = "not recorded in this profile"
 NO_VARIANCE = "the variance over tokens needs the probabilities of single tokens, which are not kept"
 LEFT_OUT = "correlation and periodic patterns were left out"
-NO_WEIGHTS = "router weights were not read"
 
 
 def encode(data: Mapping[str, Any], export_format: StructuredFormat, indent: int | None = None) -> bytes:
@@ -42,8 +42,8 @@ def encode(data: Mapping[str, Any], export_format: StructuredFormat, indent: int
     return "".join(lines).encode("utf-8")
 
 
-def schema(name: Literal["analysis_data", "analysis_summary"]) -> dict[str, Any]:
-    """The published JSON Schema (draft 2020-12) of `analysis_data` or `analysis_summary`."""
+def schema(name: Literal["analysis_data", "analysis_summary", "weights"]) -> dict[str, Any]:
+    """The published JSON Schema (draft 2020-12) of `analysis_data`, `analysis_summary` or `weights`."""
     text = files("moescope.viz").joinpath("schema", f"{name}.schema.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
@@ -88,7 +88,8 @@ def analysis_data(report: ReportData, export_format: str = "json") -> dict[str, 
         "periodic_patterns": {
             str(pattern.delta): _pattern(pattern, report.measure) for pattern in report.periodic.patterns
         },
-        "router_similarity": _router_similarity(report),
+        "router_similarity": router_tree(report.router_similarity),
+        "expert_similarity": expert_tree(report.weights),
     }
     strict: dict[str, Any] = to_strict_json(data)
     return strict
@@ -233,23 +234,4 @@ def _pattern(pattern: PeriodicPattern, measure: str) -> dict[str, Any]:
         "all_correlations": [r for r in pattern.correlations if math.isfinite(r)],
         "strength": pattern.strength,
         "measure": measure,
-    }
-
-
-def _router_similarity(report: ReportData) -> dict[str, Any]:
-    """Similarity of router weights; null with a reason where they were not read."""
-    similarity = report.router_similarity
-    if similarity is None:
-        return {
-            "cosine_similarity_matrix": None,
-            "column_norm_correlation": None,
-            "router_layers": None,
-            "reason": NO_WEIGHTS,
-        }
-    return {
-        "cosine_similarity_matrix": similarity.cosine,
-        "column_norm_correlation": similarity.norm_correlation,
-        "row_cosine": similarity.row_cosine,
-        "deltas": similarity.deltas,
-        "router_layers": similarity.layers,
     }

@@ -1,6 +1,7 @@
 """Numbers and lists in words."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from itertools import pairwise
 
 from moescope.viz.report_data import ReportData
@@ -34,6 +35,21 @@ def by_layer(values: Sequence[int], layers: Sequence[int]) -> str:
 def short_name(model_id: str) -> str:
     """A model's name without the beginning of a long one."""
     return model_id if len(model_id) <= LONGEST_NAME else f"…{model_id[1 - LONGEST_NAME :]}"
+
+
+def minute(created: str) -> str:
+    """A time to the minute; what is no time as it is."""
+    try:
+        return f"{datetime.fromisoformat(created).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return created
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in the largest unit that it fills: `6.0 GB`; powers of 1000."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min((len(str(count)) - 1) // 3, len(units) - 1)
+    return f"{count:,} bytes" if not power else f"{count / 1000**power:.1f} {units[power]}"
 
 
 def subject(report: ReportData) -> str:

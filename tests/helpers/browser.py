@@ -269,11 +269,13 @@ PROBLEMS = (
     return corners({left: box.x, right: box.x + box.width, top: box.y, bottom: box.y + box.height})
         .map(corner => new DOMPoint(corner.x, corner.y).matrixTransform(matrix));
   };
+  const menuOf = text =>  // the arrow of a closed list lies on its button
+      text.matches('.updatemenu-header-arrow') && text.parentElement.querySelector('.updatemenu-header');
   for (const text of document.querySelectorAll('svg text')) {
     if (text.closest('.hoverlayer, .modebar') || !text.textContent.trim() || !seen(text)) continue;
     const lines = [...text.querySelectorAll('tspan.line')];
     for (const line of lines.length ? lines : [text])
-      if (line.textContent.trim()) add('text', line.textContent, turned(line), line, text);
+      if (line.textContent.trim()) add('text', line.textContent, turned(line), line, menuOf(text) || text);
   }
   for (const button of document.querySelectorAll('.updatemenu-button, .updatemenu-header'))
     if (seen(button)) add('button', button.textContent, corners(button.getBoundingClientRect()), button, button);

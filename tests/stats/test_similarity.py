@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from moescope.stats.pairwise import finite_mean
 from moescope.stats.similarity import router_similarity
 
 
@@ -106,3 +107,9 @@ def test_one_layer() -> None:
 def test_what_is_refused(weights: np.ndarray, layers: tuple[int, ...], delta_max: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         router_similarity(weights, layers, delta_max)
+
+
+def test_a_mean_leaves_out_what_is_not_finite() -> None:
+    values = np.array([[[1.0, 0.5], [0.5, np.nan]], [[0.5, np.nan], [np.inf, np.nan]]])
+    np.testing.assert_array_equal(finite_mean(values, axis=0), [[0.75, 0.5], [0.5, np.nan]])
+    np.testing.assert_array_equal(finite_mean(values[0], axis=1), [0.75, 0.5])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from builders import random_profile
+from weight_results import weight_similarity
 
 from moescope.profiler.profile import RoutingProfile, merge
 from moescope.profiler.sidecars import RouterTables, TokenSample
@@ -103,6 +104,12 @@ def test_by_distance_the_cells_are_those_of_the_pairs() -> None:
     np.testing.assert_allclose(found.norm_correlation, alike)
     with pytest.raises(ValueError, match="delta_max must be at least 1"):
         similarity_at_distances(cosine, norms, rows, LAYERS, EXPERTS, 0)
+
+
+def test_what_weights_say_is_handed_through(profile: RoutingProfile) -> None:
+    weights = weight_similarity()
+    assert analyze(profile, weights=weights).weights is weights
+    assert analyze(profile).weights is None
 
 
 def test_a_sample_is_handed_through(profile: RoutingProfile) -> None:

@@ -1,14 +1,19 @@
 """How long the statistics of a large profile take, and how large its report is."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
+from plotly.offline import get_plotlyjs
+from weight_results import weight_similarity
 
 from moescope.profiler.profile import EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
 from moescope.profiler.sidecars import TokenSample, choose_layers
 from moescope.viz.analysis import analyze
 from moescope.viz.report import write_report
+from moescope.viz.weights_report import write_weights
 
 TOKENS = 4096
 
@@ -66,3 +71,19 @@ def test_a_report_of_94_layers_of_256_experts_is_under_12_mb(tmp_path: Path) -> 
     write_report(report, tmp_path)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 12_000_000
     assert (tmp_path / "report.html").stat().st_size < 4_000_000
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(94, 128), (58, 256)])
+def test_the_page_of_weights_of_a_large_model_is_under_12_mb_with_its_library(
+    layers: int, experts: int, tmp_path: Path
+) -> None:
+    result = weight_similarity(
+        "unrelated", range(layers), experts, 2, deltas=(12, 24, 36), pairs=[(0, 12)], draws=9, alpha=0.1
+    )
+    assert result.verdict is not None
+    many = replace(
+        result, matches=result.matches * 40, verdict=replace(result.verdict, pairs=result.verdict.pairs * 40)
+    )
+    sizes = {file.name: file.stat().st_size for file in write_weights(many, tmp_path)}
+    assert sizes.pop("weights.html") + len(get_plotlyjs()) < 9_000_000
+    assert max(sizes.values()) < 6_000_000

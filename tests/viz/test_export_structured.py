@@ -11,6 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 from builders import MODEL, random_profile
+from weight_results import weight_similarity
 
 from moescope.profiler.profile import LayerInfo, RoutingProfile
 from moescope.viz.analysis import analyze
@@ -52,7 +53,13 @@ def close(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("measure", ["frequency", "weight"])
 def test_real_outputs_fit_the_schema(name: str, measure: Any) -> None:
     profile, weights = case(name)
-    report = analyze(profile, measure=measure, delta_max=3, router_weights=weights)
+    report = analyze(
+        profile,
+        measure=measure,
+        delta_max=3,
+        router_weights=weights,
+        weights=weight_similarity() if name == "normal" else None,
+    )
     for title, data in (("analysis_data", analysis_data(report)), ("analysis_summary", analysis_summary(report))):
         published = schema(title)  # type: ignore[arg-type]
         jsonschema.Draft202012Validator.check_schema(published)
@@ -110,6 +117,7 @@ def test_every_key_of_the_schema_is_described() -> None:
 
     check(schema("analysis_data"), "analysis_data")
     check(schema("analysis_summary"), "analysis_summary")
+    check(schema("weights"), "weights")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from weight_results import weight_similarity
 
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.periodicity import periodic_patterns
@@ -20,7 +21,9 @@ from moescope.viz.report import write_report
 from moescope.viz.report_data import ReportData
 from moescope.viz.structured import analysis_data, analysis_summary, to_strict_json
 from moescope.viz.summary import summary_text
-from moescope.viz.wording import by_layer, index_ranges, subject
+from moescope.viz.weights_data import weights_data
+from moescope.viz.weights_report import EXPERT_PAGES
+from moescope.viz.wording import by_layer, in_bytes, index_ranges, minute, subject
 
 Maker = Callable[..., ReportData]
 
@@ -118,6 +121,25 @@ def test_what_a_second_report_leaves_out_does_not_stay(make_report: Maker, tmp_p
     assert not {"layer_correlation_matrix.html", "periodic_pattern_analysis.html"} & {path.name for path in second}
     assert "Layer correlation" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "left out" in (tmp_path / "summary_report.txt").read_text(encoding="utf-8")
+
+
+def test_what_experts_weights_say_is_part_of_the_report(make_report: Maker, tmp_path: Path) -> None:
+    weights = weight_similarity()
+    plain = write_report(make_report(), tmp_path)
+    assert not {file.name for file in plain} & set(EXPERT_PAGES)
+    written = write_report(replace(make_report(), weights=weights), tmp_path)
+    assert [file.name for file in written] == [*PAGES, *EXPERT_PAGES, *TEXTS]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in EXPERT_PAGES:
+        assert f'href="{name}"' in page
+    assert "Layers repeat: 5 of 21 matched pairs of layers are related" in page
+    data = strict((tmp_path / "analysis_data.json").read_text())
+    assert data["expert_similarity"] == weights_data(weights)["expert_similarity"]
+    assert write_report(make_report(), tmp_path) == plain
+    assert not {path.name for path in tmp_path.iterdir()} & set(EXPERT_PAGES), "they would be of another report"
+    assert "Layers repeat" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    bare = strict((tmp_path / "analysis_data.json").read_text())["expert_similarity"]
+    assert bare == {"by_distance": None, "reason": "the experts' weights were not read"}
 
 
 def test_the_same_report_gives_the_same_bytes(make_report: Maker, tmp_path: Path) -> None:
@@ -359,3 +381,23 @@ def test_subject_keeps_the_end_of_a_long_path(make_report: Maker) -> None:
     line = subject(make_report(model_id="/data" * 40 + "/final-model"))
     assert line.startswith("…")
     assert "/final-model · 14 MoE layers · 16 experts, top-2 · 300 tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (999_999, "1000.0 kB"),
+        (61_064_245_248, "61.1 GB"),
+        (10**16, "10000.0 TB"),
+    ],
+)
+def test_bytes_in_words(count: int, words: str) -> None:
+    assert in_bytes(count) == words
+
+
+def test_a_time_to_the_minute_or_as_it_is() -> None:
+    assert minute("2026-01-02T03:04:05+01:00") == "2026-01-02 02:04 UTC"
+    assert minute("yesterday") == "yesterday"
