@@ -14,6 +14,9 @@ Part = Literal["gate", "up", "down"]
 PARTS: Final[tuple[Part, ...]] = ("gate", "up", "down")
 #: Parts that are read side by side, since what a neuron's gate and up have in common is measured too.
 GROUPS: Final[tuple[tuple[Part, ...], ...]] = (("gate", "up"), ("down",))
+#: Bytes of an expert's rows in a block beyond which reading in one piece gains nothing.
+_PIECE: Final = 1 << 18
+_ALIGNED: Final = 64
 #: Weights read of each expert by a sketch, at least.
 SKETCH: Final = 1 << 14
 
@@ -278,8 +281,8 @@ def plan(forms: Sequence[Sequence[PartForm]], cells: int, most_bytes: int, *, sk
             count = min(rows, -(-SKETCH * rows // total))
             starts, size = [(2 * i + 1) * rows // (2 * count) for i in range(count)], 1
         else:
-            row = sum(form.columns * form.dtype.itemsize for form in group) * cells
-            size = max(1, min(rows, most_bytes // row))
+            row = sum(form.columns * form.dtype.itemsize for form in group)
+            size = max(1, min(rows, most_bytes // (row * cells), len(group) * _PIECE // row))
             starts = list(range(0, rows, size))
         blocks += [Block(parts, start, min(start + size, rows), start == starts[0]) for start in starts]
     return blocks
@@ -332,39 +335,36 @@ class ReadAhead:
             coming = self._thread.submit(self._read, number + 1) if number + 1 < len(self._blocks) else None
             yield block, slabs
 
-    def _allocate(self, device: torch.device) -> list[dict[Part, Tensor]]:
+    def _allocate(self, device: torch.device) -> Tensor:
         pinned = self._device.type == "cuda" and device.type == "cpu"
-        memory: list[dict[Part, Tensor]] = []
-        for source, forms in zip(self._sources, self._forms, strict=True):
-            sizes = {
-                form.part: max(_size(source, form, block) for block in self._blocks if form.part in block.parts)
-                for form in forms
-                if any(form.part in block.parts for block in self._blocks)
-            }
-            memory.append(
-                {
-                    part: torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-                    for part, size in sizes.items()
-                }
-            )
-        return memory
+        most = max((sum(self._sizes(block).values()) for block in self._blocks), default=0)
+        return torch.empty(most, dtype=torch.uint8, device=device, pin_memory=pinned)
+
+    def _sizes(self, block: Block) -> dict[tuple[int, Part], int]:
+        """Bytes of a block by checkpoint and part, each rounded up so that the next one is aligned."""
+        return {
+            (row, form.part): -(-_size(source, form, block) // _ALIGNED) * _ALIGNED
+            for row, (source, forms) in enumerate(zip(self._sources, self._forms, strict=True))
+            for form in forms
+            if form.part in block.parts
+        }
 
     def _read(self, number: int) -> list[dict[Part, Slab]]:
         block = self._blocks[number]
-        slabs: list[dict[Part, Slab]] = []
-        for row, (source, forms) in enumerate(zip(self._sources, self._forms, strict=True)):
-            found = {}
-            for form in forms:
-                if form.part in block.parts:
-                    memory, there = (where[number % 2][row][form.part] for where in (self._memory, self._there))
-                    _read(source, form, block, memory)
-                    size = _size(source, form, block)
-                    if there is not memory:
-                        with torch.cuda.stream(self._stream):
-                            there[:size].copy_(memory[:size], non_blocking=True)
-                    shape = (len(source.layers), source.experts, block.stop - block.start, form.columns)
-                    found[form.part] = Slab(form, there[:size].view(form.dtype).view(shape), block.start)
-            slabs.append(found)
+        memory, there = self._memory[number % 2], self._there[number % 2]
+        sizes = self._sizes(block)
+        slabs: list[dict[Part, Slab]] = [{} for _ in self._sources]
+        position = 0
+        for (row, part), space in sizes.items():
+            source, form = self._sources[row], next(form for form in self._forms[row] if form.part == part)
+            piece = slice(position, position + _size(source, form, block))
+            _read(source, form, block, memory[piece])
+            if self._stream is not None:
+                with torch.cuda.stream(self._stream):
+                    there[piece].copy_(memory[piece], non_blocking=True)
+            shape = (len(source.layers), source.experts, block.stop - block.start, form.columns)
+            slabs[row][part] = Slab(form, there[piece].view(form.dtype).view(shape), block.start)
+            position += space
         if self._stream is not None:
             self._stream.synchronize()
         return slabs
