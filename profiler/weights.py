@@ -62,9 +62,7 @@ def weigh(
         _check_alike(source, against)
         pairs = [(source.layers[i],) * 2 for i in choose_layers(len(source.layers), match_pairs)]
     settings = PassSettings(tuple(deltas) if only_deltas else None, tuple(pairs), sketch)
-    routers: dict[str, Any] = (
-        _router_tables(source) if against is None else {"router_products": _router_products(source, against)}
-    )
+    routers: dict[str, Any] = _router_tables(source) if against is None else _router_products(source, against)
     result = run_pass(sources, settings, device=device, n_jobs=n_jobs, keeper=keeper, on_progress=on_progress)
     run = WeightRun(
         model=source.model,

@@ -1,6 +1,7 @@
 """The pass over weights against plain float64 numpy: every layout, any block size, interrupted, against another."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,12 @@ def test_layers_are_chosen_and_must_be_of_one_shape(tmp_path: Path) -> None:
     check_similarity(record, {layer: reference[layer] for layer in (0, 3)})
     assert record.run.bytes_total == opened.expert_bytes // 2
     assert record.run.pairs == ((0, 3),)
-    with pytest.raises(ModelError, match="layer 9 of .* does not route"):
+    with pytest.raises(ModelError, match=r"layer 9 of .* does not route"):
         WeightReader(opened, [1, 9])
+    wider = replace(opened, layers=(*opened.layers[:3], replace(opened.layers[3], width=13)))
+    shapes = "layers 0, 1, 2 have 5 experts of 132 by 12; layers 3 have 5 experts of 132 by 13; choose with --layers"
+    with pytest.raises(ModelError, match=shapes):
+        WeightReader(wider)
     with WeightReader(opened, [2]) as single, pytest.raises(ModelError, match="layer 2 is the only one that routes"):
         weigh(single, (1,))
     with WeightReader(opened) as source, pytest.raises(OptionError, match="--delta 4: no two of the layers"):
@@ -212,17 +217,19 @@ def planted(history: str, cosine: float, folder: Path) -> Path:
 def test_histories_are_told_apart_from_files(history: str, cosine: float, tmp_path: Path) -> None:
     with WeightReader(open_checkpoint(planted(history, cosine, tmp_path))) as source:
         found = weight_similarity(weigh(source, (1,)))
-        sketch = weight_similarity(weigh(source, (1,), sketch=True))
     assert found.verdict is not None
     assert found.verdict.kind == history
-    assert sketch.matches[0].features is None or not sketch.coverage.sketched
 
 
-@pytest.mark.parametrize("kind", ["per expert", "fp8", "fused transposed"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30, 0.0])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        *((kind, value) for kind in ("per expert", "fused transposed") for value in (torch.nan, torch.inf, 1e30, 0.0)),
+        ("fp8", torch.nan),
+        ("fp8", 0.0),
+    ],
+)
 def test_an_unusable_expert_spoils_nothing_else(kind: str, value: float, tmp_path: Path) -> None:
-    if kind == "fp8" and value not in (0.0, torch.nan):
-        pytest.skip("FP8 has no such values")
     folder, _ = checkpoint(kind, tmp_path / "a")
     opened = open_checkpoint(folder)
     with WeightReader(opened) as source:
