@@ -1,5 +1,6 @@
 """One pass over the experts of a checkpoint: every byte read once, all layers side by side, memory bounded."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,6 +162,7 @@ class _Pass:
         depth, experts = len(first.layers), first.experts
         self._blocks = plan(self._forms, depth * experts, settings.memory * 2 // 5, sketch=settings.sketch)
         self._faults = Faults(len(sources), depth, experts, device)
+        self._means: dict[tuple[int, Part], Tensor] = {}
         self._features: FeatureSums | None = None
         self._sums: list[Sums] = (
             [SameIndexSums(first.layers, experts, settings.deltas, self._faults)]
@@ -251,7 +253,7 @@ class _Pass:
         if block.first:
             self._find_zero_experts(slabs)
         means = {
-            (source, part): torch.empty((len(slab.data), *slab.data.shape[2:]), device=self._device)
+            (source, part): self._mean_memory(source, part, (len(slab.data), *slab.data.shape[2:]))
             for source, parts in enumerate(slabs)
             for part, slab in parts.items()
         }
@@ -266,6 +268,14 @@ class _Pass:
         self._do(pool, (task for sums in self._sums for task in sums.tasks(slabs, means)))
         if self._device.type == "cuda":  # the reader may overwrite the slabs from here on
             torch.cuda.synchronize(self._device)
+
+    def _mean_memory(self, source: int, part: Part, shape: tuple[int, ...]) -> Tensor:
+        """Memory for the mean experts of a block, the same for every block of a part."""
+        size = math.prod(shape)
+        kept = self._means.get((source, part))
+        if kept is None or len(kept) < size:
+            kept = self._means[source, part] = torch.empty(size, device=self._device)
+        return kept[:size].view(shape)
 
     def _do(self, pool: ThreadPoolExecutor, tasks: Iterable[Task]) -> None:
         if self._device.type == "cuda":

@@ -1,5 +1,6 @@
 """Sums over the weights of a checkpoint: what each needs of a block of rows, and what it keeps."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -13,12 +14,14 @@ Task = Callable[[], None]
 #: Mean expert of each layer, (L, n, columns) float32, by checkpoint and part.
 Means = Mapping[tuple[int, Part], Tensor]
 
-#: Weights that a CPU core works on at a time, so that they stay in its cache; a GPU takes as much as there is.
-_CHUNK: Final = {"cpu": 1 << 18, "cuda": 1 << 25}
+#: Weights worked on at a time: on a CPU few enough for the shared cache, and enough that threads seldom wait for one
+#: another between operations; measured on two cores.
+_CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
 #: Layers of a panel of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL: Final = 16
 #: Gram matrices are worth their while from this many single products a layer squared on; measured at 48 layers.
 _DOTS: Final = 0.1
+_memory = threading.local()
 #: Sums of squares of weights above this do not fit into float32.
 _LARGEST: Final = 1e15
 
@@ -132,8 +135,8 @@ class SameIndexSums:
 
     def _add_pairs(self, total: Tensor, weights: Tensor) -> None:
         for offset, start, stop in self._runs:
-            products = torch.linalg.vecdot(weights[start:stop], weights[start + offset : stop + offset])
-            total.diagonal(offset)[start:stop] += products
+            own, other = weights[start:stop], weights[start + offset : stop + offset]
+            total.diagonal(offset)[start:stop] += dot(own, other) if offset else dot(own, own)
 
 
 class ChangeSums:
@@ -159,14 +162,14 @@ class ChangeSums:
     def _add(self, own: Slab, other: Slab, expert: int) -> None:
         depth = len(own.data)
         target = self.products[:, PARTS.index(own.form.part), :, expert]
-        first_buffer, second_buffer = scratch(own, depth), scratch(own, depth)
+        first_buffer, second_buffer = scratch(own, depth), scratch(own, depth, 1)
         for first, last in chunks(own, depth):
             a = own.fill(first_buffer, slice(None), expert, first, last).flatten(1)
             b = other.fill(second_buffer, slice(None), expert, first, last).flatten(1)
             for row, (left, right) in enumerate(((a, a), (a, b), (b, b))):
-                target[row] += torch.linalg.vecdot(left, right)
+                target[row] += dot(left, right)
             a -= b
-            target[3] += torch.linalg.vecdot(a, a)
+            target[3] += dot(a, a)
 
 
 class MatchSums:
@@ -247,7 +250,7 @@ class FeatureSums:
         """Every row is a neuron's: project it and be done with it."""
         slab = next(iter(parts.values()))
         experts = slab.data.shape[1]
-        buffers = {part: scratch(slab, experts) for part in parts}
+        buffers = {part: scratch(slab, experts, slot) for slot, part in enumerate(parts)}
         for first, last in chunks(slab, experts):
             projected = {
                 part: self._probes.project_rows(part, own.fill(buffers[part], layer, slice(None), first, last))
@@ -304,6 +307,15 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
         total[start : start + panel, start:] += rows[start : start + panel] @ rows[start:].T
 
 
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """(m,) inner products of the rows of two (m, n) float32."""
+    if left is right:
+        squares: Tensor = torch.linalg.vector_norm(left, dim=1).square()
+        return squares
+    products: Tensor = torch.linalg.vecdot(left, right)
+    return products
+
+
 def mirrored(gram: Tensor) -> Tensor:
     """(…, m, m) with what is above the diagonal also below it."""
     return gram.triu() + gram.triu(1).mT
@@ -320,10 +332,20 @@ def chunks(slab: Slab, cells: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + step, slab.rows)) for first in range(0, slab.rows, step))
 
 
-def scratch(slab: Slab, cells: int) -> Tensor:
-    """float32 memory for a piece of a slab."""
+def scratch(slab: Slab, cells: int, slot: int = 0) -> Tensor:
+    """float32 memory for a piece of a slab; a thread is given the same for a `slot` again and again.
+
+    Memory that is taken anew for every piece costs more time than the arithmetic on it.
+    """
     rows = min(chunk_rows(slab, cells), slab.rows)
-    return torch.empty(cells * rows * slab.form.columns, device=slab.data.device)
+    size = cells * rows * slab.form.columns
+    if slab.data.device.type != "cpu":
+        return torch.empty(size, device=slab.data.device)
+    kept: dict[str, Tensor] = _memory.__dict__
+    name = f"slot {slot}"
+    if name not in kept or len(kept[name]) < size:
+        kept[name] = torch.empty(size)
+    return kept[name]
 
 
 def _small(weights: Tensor) -> bool:
@@ -352,7 +374,7 @@ def _add_within(total: Tensor, slab: Slab, layer: int) -> None:
 def _add_between(total: Tensor, slabs: tuple[Slab, Slab], layers: tuple[int, int]) -> None:
     left = slabs[0]
     experts = left.data.shape[1]
-    buffers = scratch(left, experts), scratch(left, experts)
+    buffers = scratch(left, experts), scratch(left, experts, 1)
     for first, last in chunks(left, experts):
         a, b = (
             slab.fill(buffer, layer, slice(None), first, last).flatten(1)
