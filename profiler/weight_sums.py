@@ -312,8 +312,8 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
     if left is right:
         squares: Tensor = torch.linalg.vector_norm(left, dim=1).square()
         return squares
-    products: Tensor = torch.linalg.vecdot(left, right)
-    return products
+    product = torch.mul(left, right, out=_kept("product", left.numel(), left.device).view(left.shape))
+    return product.sum(1)
 
 
 def mirrored(gram: Tensor) -> Tensor:
@@ -338,14 +338,17 @@ def scratch(slab: Slab, cells: int, slot: int = 0) -> Tensor:
     Memory that is taken anew for every piece costs more time than the arithmetic on it.
     """
     rows = min(chunk_rows(slab, cells), slab.rows)
-    size = cells * rows * slab.form.columns
-    if slab.data.device.type != "cpu":
-        return torch.empty(size, device=slab.data.device)
+    return _kept(f"slot {slot}", cells * rows * slab.form.columns, slab.data.device)
+
+
+def _kept(name: str, size: int, device: torch.device) -> Tensor:
+    """(size,) float32 that this thread keeps under a name; on a GPU torch itself keeps memory."""
+    if device.type != "cpu":
+        return torch.empty(size, device=device)
     kept: dict[str, Tensor] = _memory.__dict__
-    name = f"slot {slot}"
     if name not in kept or len(kept[name]) < size:
         kept[name] = torch.empty(size)
-    return kept[name]
+    return kept[name][:size]
 
 
 def _small(weights: Tensor) -> bool:
