@@ -646,6 +646,10 @@ def weights(
       moescope weights ./checkpoint --delta 12,24 --match-pairs 0
       moescope weights ./tuned --against ./base
     """
+    # The pass and the nulls have threads and processes of their own; those of numpy's library would only wait.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from moescope.adapters.checkpoints import open_checkpoint
     from moescope.adapters.weight_reader import WeightReader
     from moescope.profiler.files import OutputFolder

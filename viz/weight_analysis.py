@@ -1,14 +1,15 @@
 """From the sums over weights to what pages and files show."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.expert_features import feature_grams, normalise_features
-from moescope.stats.expert_grams import pair_grams, within_cosine, without_faults
+from moescope.stats.expert_grams import PairGrams, pair_grams, within_cosine, without_faults
 from moescope.stats.expert_matching import ExpertMatch, LayerPair, match_experts, verdict
 from moescope.stats.expert_similarity import UnusableExpert, similarity_from_sums
 from moescope.stats.similarity import similarity_at_distances
@@ -16,6 +17,9 @@ from moescope.stats.weight_similarity import WeightChange, WeightCoverage, Weigh
 
 if TYPE_CHECKING:
     from moescope.profiler.weight_files import WeightRecord, WeightRun
+
+_WORTH_A_PROCESS = 64
+"""Experts of a layer from which on drawing a pair's nulls takes longer than starting a process."""
 
 _NO_TABLE = np.empty((0, 0))
 
@@ -122,17 +126,30 @@ def _matches(record: "WeightRecord", n_jobs: int) -> tuple[LayerPair, ...]:
         bad = np.stack([np.logical_or.reduce(record.non_finite[source, :, layer]) for source, layer in run.sides[0]])
         features = np.where(bad[:, :, None, None], np.nan, features)
 
-    def match(number: int) -> LayerPair:
-        left, right = run.sides[1][number]
-        assert record.between is not None
-        weights = match_experts(pair_grams(within[left], record.between[number], within[right]), seed=(number, 0))
-        blind: ExpertMatch | None = None
-        if features is not None:
-            blind = match_experts(feature_grams(features[left], features[right]), seed=(number, 1))
-        return LayerPair(*run.pairs[number], weights, blind)
+    work = [
+        (
+            pair_grams(within[left], between, within[right]),
+            None if features is None else feature_grams(features[left], features[right]),
+            number,
+        )
+        for number, (between, (left, right)) in enumerate(zip(record.between, run.sides[1], strict=True))
+    ]
+    jobs = min(n_jobs, len(work))
+    if jobs > 1 and run.experts >= _WORTH_A_PROCESS:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            found = list(pool.map(_match, work))
+    else:
+        found = [_match(each) for each in work]
+    return tuple(LayerPair(*pair, *matches) for pair, matches in zip(run.pairs, found, strict=True))
 
-    with ThreadPoolExecutor(max(1, n_jobs)) as pool:
-        return tuple(pool.map(match, range(len(run.pairs))))
+
+def _match(work: tuple[PairGrams, PairGrams | None, int]) -> tuple[ExpertMatch, ExpertMatch | None]:
+    """The matches of a pair by weights and by features; the seed is the pair's place."""
+    weights, features, number = work
+    return (
+        match_experts(weights, seed=(number, 0)),
+        None if features is None else match_experts(features, seed=(number, 1)),
+    )
 
 
 def _within(record: "WeightRecord") -> Sequence[NDArray[np.float64]]:

@@ -23,6 +23,7 @@ from moescope.profiler.weight_files import PartialWeights, WeightRecord, load_we
 from moescope.profiler.weight_pass import PassSettings, run_pass
 from moescope.profiler.weights import choose_pairs, weigh
 from moescope.stats.expert_similarity import UnusableExpert
+from moescope.viz import weight_analysis
 from moescope.viz.weight_analysis import weight_change, weight_similarity
 
 CONFIG = {**QWEN, "num_hidden_layers": 4, "num_experts": 5, "hidden_size": 132, "moe_intermediate_size": 12}
@@ -409,6 +410,22 @@ def test_pairs_are_spread_over_distances_and_depth() -> None:
     assert sorted(second - first for first, second in chosen) == [1] * 3 + [12] * 3 + [24] * 3 + [36] * 3
     assert [first for first, second in chosen if second - first == 12] == [0, 18, 35]
     assert choose_pairs(range(48), (12,), 0) == []
+
+
+def test_processes_draw_the_same_nulls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_analysis, "_WORTH_A_PROCESS", 1)
+    with (
+        WeightReader(open_checkpoint(planted("none", 0.0, tmp_path))) as source,
+        WeightReader(open_checkpoint(tmp_path)) as other,
+    ):
+        record = weigh(source, (), against=other)
+    one, two = (weight_change(record, jobs) for jobs in (1, 2))
+    assert one.verdict == two.verdict
+    assert len(one.matches) == 2
+    for first, second in zip(one.matches, two.matches, strict=True):
+        assert first.weights is not None
+        assert second.weights is not None
+        np.testing.assert_array_equal(first.weights.table, second.weights.table)
 
 
 # What is written.
