@@ -157,7 +157,7 @@ class _Pass:
     ) -> None:
         self._sources, self._settings, self._device = sources, settings, device
         self._n_jobs = n_jobs
-        self._forms = part_forms(sources)
+        self._forms = [[form.to(device) for form in forms] for forms in part_forms(sources)]
         first = sources[0]
         depth, experts = len(first.layers), first.experts
         self._blocks = plan(self._forms, depth * experts, settings.memory * 2 // 5, sketch=settings.sketch)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
@@ -127,6 +127,10 @@ class PartForm:
         """Whether a row on disk is what one hidden neuron has of this part."""
         return (self.part == "down") == self.transposed
 
+    def to(self, device: torch.device) -> "PartForm":
+        """The same with its scales on another device."""
+        return self if self.scales is None else replace(self, scales=self.scales.to(device))
+
 
 def part_form(source: WeightSource, part: Part, *, as_is: bool = False) -> PartForm:
     """Find out how a part of all experts can be held, and read its scales.
@@ -187,6 +191,11 @@ class Slab:
     def rows(self) -> int:
         """Rows held."""
         return int(self.data.shape[2])
+
+    def clear(self, layer: int, experts: int | Tensor) -> None:
+        """Set experts of a layer, one or a mask (E,), to zero."""
+        codes = self.data.view(torch.uint8) if self.data.dtype.itemsize == 1 else self.data
+        codes[layer, experts] = 0
 
     def zeros(self) -> list[tuple[int, int]]:
         """Positions of layers and experts whose weights are all zero in this slab."""

@@ -62,19 +62,17 @@ class Faults:
     def _mean(self, source: int, place: int, slab: Slab, means: Tensor, layer: int) -> None:
         zero, bad = self.zero[source, place, layer], self.non_finite[source, place, layer]
         if bad.any():
-            slab.data[layer, bad] = 0
+            slab.clear(layer, bad)
         _layer_mean(slab, layer, ~(zero | bad), means[layer])
         if not _small(means[layer]):
             buffer = scratch(slab, 1)
             for expert in range(slab.data.shape[1]):
-                cells = [
-                    slab.fill(buffer, layer, slice(expert, expert + 1), first, last)
-                    for first, last in chunks(slab, 1)
-                    if not _small(slab.fill(buffer, layer, slice(expert, expert + 1), first, last))
-                ]
-                if cells:
+                pieces = (
+                    slab.fill(buffer, layer, slice(expert, expert + 1), first, last) for first, last in chunks(slab, 1)
+                )
+                if not all(map(_small, pieces)):
                     bad[expert] = True
-                    slab.data[layer, expert] = 0
+                    slab.clear(layer, expert)
             _layer_mean(slab, layer, ~(zero | bad), means[layer])
 
 
@@ -94,9 +92,9 @@ class SameIndexSums:
         self.raw = torch.zeros(len(PARTS), experts, depth, depth, dtype=torch.float64, device=device)
         self.centred = torch.zeros_like(self.raw)
         self._faults = faults
-        self.wanted = wanted_pairs(layers, deltas)
+        wanted = wanted_pairs(layers, deltas)
         offsets: dict[int, list[int]] = {0: list(range(depth))}
-        for i, j in torch.triu(self.wanted, 1).nonzero().tolist():
+        for i, j in torch.triu(wanted, 1).nonzero().tolist():
             offsets.setdefault(j - i, []).append(i)
         self._runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
         products = sum(stop - start for _, start, stop in self._runs)
