@@ -3,10 +3,11 @@
 import inspect
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -17,13 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moescope import __version__
-from moescope.profiler.errors import MoescopeError, OptionError, OutputError
+from moescope.profiler.errors import ModelError, MoescopeError, OptionError, OutputError
 
 if TYPE_CHECKING:
     from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
+    from moescope.profiler.weight_pass import PassProgress
     from moescope.stats.similarity import RouterSimilarity
+    from moescope.stats.weight_similarity import WeightChange, WeightSimilarity
     from moescope.viz.report_data import ReportData
 
 app = typer.Typer(
@@ -663,6 +666,105 @@ def compare(
     typer.echo(f"Wrote the comparison in {path}")
 
 
+@app.command()
+def weights(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, hub id, demo:stacked or demo:control.")],
+    against: Annotated[
+        str | None, typer.Option(help="Another checkpoint of the same shape: what has changed since, expert by expert.")
+    ] = None,
+    sketch: Annotated[
+        bool, typer.Option("--sketch", help="Read a sample of the weights: a quick answer that says where to look.")
+    ] = False,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to take, e.g. 3-10,20; by default all that route.")] = None,
+    delta: Annotated[
+        str | None,
+        typer.Option(
+            help="Layer distances Δ to compare at, and no others, e.g. 12,24. By default all pairs of layers."
+        ),
+    ] = None,
+    match_pairs: Annotated[
+        int, typer.Option(min=0, max=10_000, help="Pairs of layers whose experts are matched all against all.")
+    ] = 12,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    output_dir: OutputDir = None,
+    force: Force = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted pass in --output-dir.")] = False,
+) -> None:
+    r"""Say how alike routers and experts of different layers are, from the files alone, without loading the model.
+
+    \b
+    Examples:
+      moescope weights demo:stacked
+      moescope weights Qwen/Qwen3-30B-A3B -o weights
+      moescope weights ./checkpoint --sketch
+      moescope weights ./checkpoint --delta 12,24 --match-pairs 0
+      moescope weights ./tuned --against ./base
+    """
+    # The pass and the nulls have threads and processes of their own; those of numpy's library would only wait.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from moescope.adapters.checkpoints import open_checkpoint
+    from moescope.adapters.weight_reader import WeightReader
+    from moescope.profiler.files import OutputFolder
+    from moescope.profiler.weight_files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, PartialWeights, save_weights
+    from moescope.profiler.weights import weigh
+    from moescope.stats.periodicity import default_intervals
+    from moescope.viz.weight_analysis import weight_change, weight_similarity
+
+    asked, chosen = _intervals(delta, "--delta"), _layers(layers)
+    if resume and output_dir is None:
+        raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
+    if against is not None and asked is not None:
+        raise OptionError("--against compares each layer with the same one there; leave --delta out")
+    path = output_dir or _new_folder("moescope_weights")
+    with ExitStack() as stack:
+        stack.enter_context(OutputFolder(path, force=force, resume=resume))
+        readers = [
+            stack.enter_context(WeightReader(open_checkpoint(_demo(name)), chosen))
+            for name in (model, against)
+            if name is not None
+        ]
+        source, other = readers[0], readers[1] if against is not None else None
+        apart = {b - a for a in source.layers for b in source.layers if b > a}
+        deltas = asked or tuple(sorted({1, *default_intervals(source.layers)} & apart))
+        partial = PartialWeights(path / PARTIAL_WEIGHTS_NAME, resume=resume)
+        try:
+            with _weight_progress() as on_progress:
+                record = weigh(
+                    source,
+                    deltas,
+                    against=other,
+                    only_deltas=asked is not None,
+                    match_pairs=match_pairs,
+                    sketch=sketch,
+                    device=_device(device),
+                    n_jobs=n_jobs,
+                    keeper=partial,
+                    on_progress=on_progress,
+                )
+        except KeyboardInterrupt as stop:
+            if (path / PARTIAL_WEIGHTS_NAME).exists():
+                _console.print(
+                    f"Interrupted. What was read is kept in {path / PARTIAL_WEIGHTS_NAME}; "
+                    f"go on with the same command and --resume --output-dir {path}"
+                )
+            raise typer.Exit(130) from stop
+        save_weights(record, path / WEIGHTS_NAME)
+        partial.drop()
+        with _console.status("Matching experts …"):
+            jobs = n_jobs or len(os.sched_getaffinity(0))
+            result = (weight_similarity if other is None else weight_change)(record, jobs)
+    _print_weights(result)
+    typer.echo(f"Wrote {path / WEIGHTS_NAME}")
+    spoilt = [expert for expert in result.unusable if expert.fault == "non-finite"]
+    if spoilt:
+        named = ", ".join(f"layer {found.layer} expert {found.expert}" for found in spoilt[:10])
+        more = f" and {len(spoilt) - 10} more" if len(spoilt) > 10 else ""
+        raise ModelError(f"{model} has weights that are not finite, left out of the results: {named}{more}")
+
+
 def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:
     """Types of the caches that serve a model loaded in `dtype`, the one to build first."""
     both = (CacheDtype.bfloat16.value, CacheDtype.float32.value)
@@ -781,6 +883,34 @@ def _print_findings(data: "ReportData") -> None:
         typer.echo(short_run(data))
 
 
+def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
+    from moescope.stats.weight_similarity import WeightSimilarity
+
+    read = result.coverage
+    sketched = f", a sample: {read.coordinates:,} of {read.coordinates_total:,} weights of each" * read.sketched
+    size = f"{read.bytes_read / 1e9:.2f} GB of weights read"
+    typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {size}{sketched}")
+    if isinstance(result, WeightSimilarity):
+        for found in result.by_distance:
+            pairs = "pair" if found.num_pairs == 1 else "pairs"
+            typer.echo(
+                f"  Δ = {found.delta:<3} mean cosine of the same expert {found.mean:+.4f}, median {found.median:+.4f}, "
+                f"over {found.num_pairs} {pairs} of layers"
+            )
+    else:
+        import numpy as np
+
+        usable = np.isfinite(result.cosine)
+        if usable.any():
+            cosine, change = result.cosine[usable].mean(), result.relative_change[usable].mean()
+            typer.echo(f"  mean cosine of the same expert {cosine:+.6f}, mean relative change {change:.3g}")
+    zero = sum(expert.fault == "zero" for expert in result.unusable)
+    if zero:
+        typer.echo(f"  {zero} experts are zero and have no cosine")
+    if result.verdict is not None:
+        typer.echo(str(result.verdict))
+
+
 def _check_type(architecture: str, wanted: ModelType) -> None:
     if wanted is not ModelType.auto and not architecture.startswith(_CLASSES[wanted]):
         raise OptionError(f"--model-type {wanted.value}: the checkpoint is a {architecture}; leave the option out")
@@ -796,7 +926,7 @@ def _with_dashes(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def _intervals(text: str | None) -> tuple[int, ...] | None:
+def _intervals(text: str | None, option: str = "--periodic-intervals") -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
@@ -804,8 +934,38 @@ def _intervals(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         values = ()
     if not values or any(not 1 <= value <= 10_000 for value in values):
-        raise OptionError(f"--periodic-intervals {text!r} must be layer distances from 1 up, e.g. 12,24,36")
+        raise OptionError(f"{option} {text!r} must be layer distances from 1 up, e.g. 12,24,36")
     return tuple(dict.fromkeys(values))
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Layers out of `3-10,20`."""
+    if text is None:
+        return None
+    runs = [re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII) for part in text.split(",")]
+    found = [range(int(run[1]), int(run[2] or run[1]) + 1) for run in runs if run is not None]
+    if len(found) < len(runs) or not all(found):
+        raise OptionError(f"--layers {text!r} must be layers and ranges of them, e.g. 3-10,20")
+    return sorted({layer for run in found for layer in run})
+
+
+def _demo(model: str) -> "str | Path":
+    from moescope.profiler.demo import model_path
+
+    return model_path(model.removeprefix("demo:")) if model.startswith("demo:") else model
+
+
+def _device(name: str) -> str:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if cuda else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise OptionError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
+    if name != "cpu" and (not cuda or int(name.partition(":")[2] or 0) >= torch.cuda.device_count()):
+        raise OptionError(f"--device {name}: there is no such GPU here; use --device cpu")
+    return name
 
 
 def _labels(text: str | None, count: int) -> list[str] | None:
@@ -903,6 +1063,21 @@ def _bar(description: str) -> Iterator[Callable[..., None]]:
 
     with bar:
         yield show
+
+
+@contextmanager
+def _weight_progress() -> Iterator[Callable[["PassProgress"], None]]:
+    """Callback of a pass over weights."""
+    with _bar("Reading weights") as show:
+
+        def on_progress(state: "PassProgress") -> None:
+            counts = (
+                f"{state.bytes_read / 1e9:.2f}/{state.bytes_total / 1e9:.2f} GB, "
+                f"{state.bytes_per_second / 1e9:.2f} GB/s, {_duration(state.seconds_left)} left"
+            )
+            show("Reading weights", counts, completed=state.bytes_read, total=state.bytes_total)
+
+        yield on_progress
 
 
 def _duration(seconds: float) -> str:

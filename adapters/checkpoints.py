@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -143,8 +143,18 @@ class _Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
-    """A matrix inside a tensor: element (r, c) is at `start + r * row_step + c * column_step`."""
+class Matrix:
+    """A matrix inside a tensor: element (r, c) is at `start + r * row_step + c * column_step`.
+
+    Attributes:
+        tensor: The tensor.
+        start: Element of it at which the matrix begins.
+        rows: Number of rows.
+        columns: Number of columns.
+        row_step: Elements from one row to the next.
+        column_step: Elements from one column to the next; above 1 where it is stored transposed.
+        factors: Where its scale lies.
+    """
 
     tensor: StoredTensor
     start: int
@@ -174,9 +184,9 @@ class _Matrix:
 class _Stored:
     """Where everything of one layer lies."""
 
-    router: _Matrix
+    router: Matrix
     router_bias: StoredTensor | None
-    experts: tuple[dict[Part, _Matrix], ...]
+    experts: tuple[dict[Part, Matrix], ...]
     biases: tuple[StoredTensor, StoredTensor] | None
     interleaved: bool
 
@@ -287,12 +297,29 @@ class Checkpoint:
             raise ModelError(f"{part} of an expert of layer {layer} has rows 0 to {matrix.rows}, not {start} to {stop}")
         return _dequantise(matrix.read(start, stop), matrix.scale(start, stop))
 
+    def matrix(self, layer: int, expert: int, part: Part) -> Matrix:
+        """Where one part of an expert lies.
+
+        Raises:
+            ModelError: No such layer or expert.
+        """
+        return self._expert(layer, expert)[part]
+
+    def files(self, layers: Sequence[int]) -> tuple[Path, ...]:
+        """The files that hold routers and experts of some layers, by name."""
+        found = set()
+        for layer in layers:
+            stored = self._layer(layer)
+            found.add(stored.router.tensor.file)
+            found |= {matrix.tensor.file for parts in stored.experts for matrix in parts.values()}
+        return tuple(sorted(found))
+
     def _layer(self, layer: int) -> _Stored:
         if layer not in self._stored:
             raise ModelError(f"layer {layer} of {self.model} does not route; those that do: {_ranges(self._stored)}")
         return self._stored[layer]
 
-    def _expert(self, layer: int, expert: int) -> dict[Part, _Matrix]:
+    def _expert(self, layer: int, expert: int) -> dict[Part, Matrix]:
         experts = self._layer(layer).experts
         if not 0 <= expert < len(experts):
             raise ModelError(f"layer {layer} of {self.model} has experts 0 to {len(experts) - 1}, not {expert}")
@@ -512,7 +539,7 @@ class _Reader:
         else:
             parts = self._single(layout, index, names, experts, hidden, width)
         return CheckpointLayer(index, experts, hidden, width, layout.name), _Stored(
-            _Matrix(router, 0, experts, hidden, hidden, factors=self._factors(router, 0, 0, self._routers)),
+            Matrix(router, 0, experts, hidden, hidden, factors=self._factors(router, 0, 0, self._routers)),
             bias,
             parts,
             expert_biases,
@@ -521,7 +548,7 @@ class _Reader:
 
     def _single(
         self, layout: Layout, index: int, names: dict[str, str], experts: int, hidden: int, width: int
-    ) -> tuple[dict[Part, _Matrix], ...]:
+    ) -> tuple[dict[Part, Matrix], ...]:
         """The parts of experts that lie in tensors of their own."""
         found = _expert_indices(layout, names)
         if max(found) >= experts:
@@ -531,21 +558,21 @@ class _Reader:
             )
         shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
         rests = {"gate": layout.gate, "up": layout.up, "down": layout.down}
-        parts: list[dict[Part, _Matrix]] = []
+        parts: list[dict[Part, Matrix]] = []
         for expert in range(experts):
-            places: dict[Part, _Matrix] = {}
+            places: dict[Part, Matrix] = {}
             for part in _PARTS:
                 rows, columns = shapes[part]
                 rest = f"{layout.experts}{expert}.{rests[part]}"
                 tensor = self._tensor(names, rest, index, self._experts, (rows, columns))
                 factors = self._factors(tensor, 0, 0, self._experts)
-                places[part] = _Matrix(tensor, 0, rows, columns, columns, factors=factors)
+                places[part] = Matrix(tensor, 0, rows, columns, columns, factors=factors)
             parts.append(places)
         return tuple(parts)
 
     def _fused(
         self, layout: Layout, index: int, names: dict[str, str], experts: int, hidden: int, width: int
-    ) -> tuple[dict[Part, _Matrix], ...]:
+    ) -> tuple[dict[Part, Matrix], ...]:
         """The parts of experts that lie in one tensor for gate and up and one for down."""
         straight = ((experts, 2 * width, hidden), (experts, hidden, width))
         across = ((experts, hidden, 2 * width), (experts, width, hidden))
@@ -554,7 +581,7 @@ class _Reader:
         down = self._tensor(names, layout.experts + layout.down, index, self._experts, *(pair[1] for pair in shapes))
         if (both.shape, down.shape) not in shapes:
             raise down.refuse(f"of shape {down.shape} does not go with {shown(both.name)} of shape {both.shape}")
-        parts: list[dict[Part, _Matrix]] = []
+        parts: list[dict[Part, Matrix]] = []
         size, half = 2 * width * hidden, width * hidden
         if (both.shape, down.shape) == straight:
             for expert in range(experts):
@@ -563,9 +590,9 @@ class _Reader:
                 down_factors = self._factors(down, expert, 0, self._experts)
                 parts.append(
                     {
-                        "gate": _Matrix(both, expert * size, width, hidden, hidden, factors=gate_factors),
-                        "up": _Matrix(both, expert * size + half, width, hidden, hidden, factors=up_factors),
-                        "down": _Matrix(down, expert * half, hidden, width, width, factors=down_factors),
+                        "gate": Matrix(both, expert * size, width, hidden, hidden, factors=gate_factors),
+                        "up": Matrix(both, expert * size + half, width, hidden, hidden, factors=up_factors),
+                        "down": Matrix(down, expert * half, hidden, width, width, factors=down_factors),
                     }
                 )
             return tuple(parts)
@@ -577,9 +604,9 @@ class _Reader:
         for expert in range(experts):
             parts.append(
                 {
-                    "gate": _Matrix(both, expert * size, width, hidden, step, 2 * width),
-                    "up": _Matrix(both, expert * size + second, width, hidden, step, 2 * width),
-                    "down": _Matrix(down, expert * half, hidden, width, 1, hidden),
+                    "gate": Matrix(both, expert * size, width, hidden, step, 2 * width),
+                    "up": Matrix(both, expert * size + second, width, hidden, step, 2 * width),
+                    "down": Matrix(down, expert * half, hidden, width, 1, hidden),
                 }
             )
         return tuple(parts)
@@ -663,7 +690,7 @@ class Fp8Tensors:
         step = max(1, elements // max(1, columns))
         for index in range(math.prod(tensor.shape[:-2])):
             factors = _factors(tensor, scale, self._block, index, 0)
-            matrix = _Matrix(tensor, index * rows * columns, rows, columns, columns, factors=factors)
+            matrix = Matrix(tensor, index * rows * columns, rows, columns, columns, factors=factors)
             for first in range(0, rows, step):
                 last = min(rows, first + step)
                 yield _dequantise(matrix.read(first, last), matrix.scale(first, last))

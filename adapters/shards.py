@@ -5,12 +5,14 @@ Nothing is mapped and no file stays open: a piece is read when it is asked for, 
 
 import json
 import math
+import os
 import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -121,6 +123,52 @@ class StoredTensor:
         except OSError as error:
             raise self.refuse(f"cannot be read: {error.strerror}") from error
         return buffer
+
+
+class OpenFiles:
+    """Files that stay open for many small reads, until the `with` block ends."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all of them."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def read_into(self, tensor: StoredTensor, first: int, out: memoryview) -> None:
+        """Fill `out` with a tensor's bytes from element `first` on; only these bytes are read.
+
+        Args:
+            tensor: Where to read.
+            first: Element to begin with, counted over the flattened tensor.
+            out: Bytes to fill.
+
+        Raises:
+            ModelError: The file cannot be read, or became shorter since it was opened.
+        """
+        position = tensor.offset + first * (BITS[tensor.dtype] // 8)
+        try:
+            descriptor = self._descriptors.get(tensor.file)
+            if descriptor is None:
+                descriptor = self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+            while out:
+                done = os.preadv(descriptor, [out], position)
+                if not done:
+                    raise tensor.refuse("ends early: the file became shorter while it was read")
+                out = out[done:]
+                position += done
+        except OSError as error:
+            raise tensor.refuse(f"cannot be read: {error.strerror}") from error
 
 
 class Shards:

@@ -150,11 +150,13 @@ class OutputFolder:
             self._lock.close()
             self._lock = None
             raise OutputError(f"{path} is in use by another run; choose another {option}") from error
-        for rest in path.glob(f".{Path(PROFILE_NAME).stem}*.tmp"):  # of a run that was killed while it saved
+        for rest in path.glob(".*.safetensors.*.tmp"):  # of a run that was killed while it saved
             rest.unlink(missing_ok=True)
         others = [entry for entry in path.iterdir() if entry.name != LOCK_NAME]
         if others and not force and not resume:
-            partial = " (or --resume to go on with the interrupted run)" if (path / PARTIAL_NAME).exists() else ""
+            partial = (
+                " (or --resume to go on with the interrupted run)" if any(path.glob("*.partial.safetensors")) else ""
+            )
             self.close()
             raise OutputError(
                 f"{path} exists and is not empty; choose another folder, or --force to overwrite{partial}"

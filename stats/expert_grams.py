@@ -72,18 +72,11 @@ class LayerGram:
 
     def finish(self) -> NDArray[np.float64]:
         """(3, E, E) float64 by part; rows and columns of experts that are not finite in any part are NaN."""
-        spoilt = self._spoilt | ~np.isfinite(_diagonal(self._total)).all(axis=0)
-        return np.where(spoilt[:, None] | spoilt[None, :], np.nan, self._total)
+        return without_faults(self._total, self._spoilt)
 
     def within_cosine(self) -> float:
-        """Mean cosine of two different experts of the layer, not centred; NaN with fewer than two usable experts.
-
-        Experts that were all copied from one dense layer have this near 1.
-        """
-        gram = self.finish()
-        cosine = raw_cosine(PairGrams(left=gram, between=gram, right=gram))
-        apart = cosine[np.isfinite(cosine) & ~np.eye(len(cosine), dtype=np.bool_)]
-        return float(apart.mean()) if apart.size else float("nan")
+        """Mean cosine of two different experts of the layer; see `within_cosine`."""
+        return within_cosine(self.finish())
 
 
 class CrossMatch:
@@ -118,9 +111,32 @@ class CrossMatch:
         counts = (left.coordinates, self.coordinates, right.coordinates)
         if any(count != counts[0] for count in counts):
             raise ValueError(f"layers and their pair saw different numbers of weights: {counts}")
-        first, second = left.finish(), right.finish()
-        spoilt = np.isnan(_diagonal(first))[:, :, None] | np.isnan(_diagonal(second))[:, None, :]
-        return PairGrams(left=first, between=np.where(spoilt, np.nan, self._total), right=second)
+        return pair_grams(left.finish(), self._total, right.finish())
+
+
+def without_faults(total: NDArray[np.float64], spoilt: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Inner products within a layer (P, E, E), NaN for experts (E,) that are not finite or whose squares are not."""
+    left_out = spoilt | ~np.isfinite(_diagonal(total)).all(axis=0)
+    return np.where(left_out[:, None] | left_out[None, :], np.nan, total)
+
+
+def pair_grams(left: NDArray[np.float64], between: NDArray[np.float64], right: NDArray[np.float64]) -> PairGrams:
+    """Join sums of two layers: those within each (`without_faults`), and those between them, all (P, E, E)."""
+    spoilt = np.isnan(_diagonal(left))[:, :, None] | np.isnan(_diagonal(right))[:, None, :]
+    return PairGrams(left=left, between=np.where(spoilt, np.nan, between), right=right)
+
+
+def within_cosine(gram: NDArray[np.float64]) -> float:
+    """Mean cosine of two different experts of a layer, not centred; NaN with fewer than two usable experts.
+
+    Experts that were all copied from one dense layer have this near 1.
+
+    Args:
+        gram: (P, E, E) float64, of `without_faults`.
+    """
+    cosine = raw_cosine(PairGrams(left=gram, between=gram, right=gram))
+    apart = cosine[np.isfinite(cosine) & ~np.eye(len(cosine), dtype=np.bool_)]
+    return float(apart.mean()) if apart.size else float("nan")
 
 
 def raw_cosine(grams: PairGrams) -> NDArray[np.float64]:

@@ -175,26 +175,46 @@ class SameIndex:
         uneven = [PARTS[row] for row, counts in enumerate(self._coordinates) if len(set(counts.tolist())) > 1]
         if uneven:
             raise ValueError(f"experts were given different numbers of weights: {', '.join(uneven)}")
-        raw_square = np.einsum("pell->pel", self._raw)
-        non_finite: NDArray[np.bool_] = np.asarray(self._non_finite.any(axis=0))
-        whole_square = np.where(non_finite, np.nan, raw_square.sum(axis=0))
-        part_square = np.where(self._non_finite, np.nan, raw_square)
         uncentred = self._with_mean != self._coordinates
-        centred_part = np.where(uncentred[:, :, None], np.nan, part_square)
-        centred_whole = np.where(uncentred.any(axis=0)[:, None], np.nan, whole_square)
-        unusable = tuple(
-            UnusableExpert(self.layers[row], int(expert), "non-finite" if non_finite[expert, row] else "zero")
-            for row, expert in np.argwhere(np.logical_not(whole_square.T > 0))
-        )
-        return ExpertSimilarity(
-            cosine=_cosine(self._raw.sum(axis=0), whole_square),
-            centred=_cosine(self._centred.sum(axis=0), centred_whole),
-            part_cosine=_cosine(self._raw, part_square),
-            part_centred=_cosine(self._centred, centred_part),
-            norms=np.sqrt(whole_square),
-            unusable=unusable,
-            layers=self.layers,
-        )
+        centred = np.where(uncentred[:, :, None, None], np.nan, self._centred)
+        return similarity_from_sums(self._raw, centred, self._non_finite, self.layers)
+
+
+def similarity_from_sums(
+    raw: NDArray[np.float64],
+    centred: NDArray[np.float64],
+    non_finite: NDArray[np.bool_],
+    layers: Sequence[int],
+    asked: NDArray[np.bool_] | None = None,
+) -> ExpertSimilarity:
+    """Turn sums of inner products into cosines.
+
+    Args:
+        raw: (3, E, L, L) float64, ⟨x_le, x_me⟩ by part, symmetric.
+        centred: (3, E, L, L) float64, the same of experts less their layer's mean; NaN where there was none.
+        non_finite: (3, E, L) bool, experts that are not finite in a part; they have no cosine.
+        layers: (L,) true model indices.
+        asked: (L, L) bool, pairs of layers that were summed; all by default.
+    """
+    left_out = np.zeros((len(layers), len(layers)), np.bool_) if asked is None else ~asked
+    raw, centred = (np.where(left_out, np.nan, sums) for sums in (raw, centred))
+    raw_square = np.einsum("pell->pel", raw)
+    bad: NDArray[np.bool_] = np.asarray(non_finite.any(axis=0))
+    whole_square = np.where(bad, np.nan, raw_square.sum(axis=0))
+    part_square = np.where(non_finite, np.nan, raw_square)
+    unusable = tuple(
+        UnusableExpert(int(layers[row]), int(expert), "non-finite" if bad[expert, row] else "zero")
+        for row, expert in np.argwhere(np.logical_not(whole_square.T > 0))
+    )
+    return ExpertSimilarity(
+        cosine=_cosine(raw.sum(axis=0), whole_square),
+        centred=_cosine(centred.sum(axis=0), whole_square),
+        part_cosine=_cosine(raw, part_square),
+        part_centred=_cosine(centred, part_square),
+        norms=np.sqrt(whole_square),
+        unusable=unusable,
+        layers=tuple(int(layer) for layer in layers),
+    )
 
 
 def block_mean(block: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -265,7 +285,8 @@ def _add_gram(total: NDArray[np.float64], block: NDArray[np.float32]) -> NDArray
 def _cosine(gram: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
     """Cosines of Gram matrices (…, L, L); NaN where `size` (…, L), the square before centring, is zero or NaN."""
     square = np.einsum("...ll->...l", gram)
-    usable = (size > 0) & (square > FLOAT32_NOISE**2 * size)
+    with np.errstate(invalid="ignore"):
+        usable = (size > 0) & (square > FLOAT32_NOISE**2 * size)
     length = np.sqrt(np.where(usable, square, np.nan))
     cosine: NDArray[np.float64] = np.clip(gram / (length[..., :, None] * length[..., None, :]), -1.0, 1.0)
     return cosine

@@ -6,7 +6,8 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from moescope.stats.expert_features import NeuronFeatures, Probes, draw_probes, feature_grams
+from moescope.profiler.weight_features import draw_probes
+from moescope.stats.expert_features import feature_grams, normalise_features
 from moescope.stats.expert_grams import CrossMatch, LayerGram, PairGrams, centre, raw_cosine
 from moescope.stats.expert_matching import (
     ExpertMatch,
@@ -98,14 +99,13 @@ def pair_grams(first: Layer, second: Layer) -> PairGrams:
     return cross.finish(layer_gram(first), layer_gram(second))
 
 
-def features(weights: Layer, probes: Probes = PROBES) -> np.ndarray:
-    rows = []
-    for expert in range(len(weights["gate"])):
-        collected = NeuronFeatures(NEURONS, probes)
-        for part in PARTS:
-            collected.add(part, 0, weights[part][expert])
-        rows.append(collected.finish())
-    return np.stack(rows)
+def features(weights: Layer) -> np.ndarray:
+    """(E, 4, J), as `moescope.profiler.weight_sums.FeatureSums` sums them over blocks."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        gate, up = (weights[part] @ PROBES.inward[0].numpy() for part in ("gate", "up"))
+        down = weights["down"].swapaxes(1, 2) @ PROBES.outward[0].numpy()
+        pairs = ((gate, gate), (up, up), (gate, up), (down, down))
+        return normalise_features(np.stack([(a * b).sum(axis=1, dtype=float) for a, b in pairs], axis=1))
 
 
 def judge(layers: list[Layer], alpha: float = 0.01, seed: int = 0, draws: int = 199) -> Verdict:
@@ -243,7 +243,7 @@ def test_what_the_sums_refuse() -> None:
     with pytest.raises(ValueError, match="different widths"):
         CrossMatch(4).add("gate", four, five)
     with pytest.raises(ValueError, match="different widths"):
-        feature_grams(np.ones((4, 6, 2)), np.ones((5, 6, 2)))
+        feature_grams(np.ones((4, 4, 2)), np.ones((5, 4, 2)))
     gram = LayerGram(4)
     gram.add("gate", four)
     with pytest.raises(ValueError, match="different numbers"):
@@ -349,36 +349,28 @@ def test_features_are_blind_to_the_order_of_neurons_and_see_their_pairing() -> N
     np.testing.assert_allclose(moved, plain, atol=1e-5)
     torn = {**weights, "up": weights["up"][:, ::-1]}
     apart = features(torn)
-    np.testing.assert_allclose(apart[:, :3], plain[:, :3], atol=1e-5)
-    assert np.abs(apart[:, [3, 5]] - plain[:, [3, 5]]).mean() > 0.1
+    np.testing.assert_allclose(apart[:, [0, 1, 3]], plain[:, [0, 1, 3]], atol=1e-5)
+    assert np.abs(apart[:, 2] - plain[:, 2]).mean() > 0.1
 
 
-def test_features_equal_plain_numpy_over_any_blocks() -> None:
-    weights = {part: block[0] for part, block in layer(np.random.default_rng(16)).items()}
-    gate, up = (weights[part].astype(float) @ PROBES.inward for part in ("gate", "up"))
-    down = weights["down"].T.astype(float) @ PROBES.outward
-    gate, up, down = (side / np.sqrt((side**2).sum(axis=0).mean()) for side in (gate, up, down))
-    expected = [
-        (a * b).sum(axis=0) for a, b in ((gate, gate), (up, up), (down, down), (gate, up), (gate, down), (up, down))
-    ]
-    for size in (1, 5, 100):
-        collected = NeuronFeatures(NEURONS, PROBES)
-        for part in reversed(PARTS):
-            for piece in reversed(list(blocks(len(weights[part]), size))):
-                collected.add(part, piece.start, weights[part][piece])
-        np.testing.assert_allclose(collected.finish(), expected, atol=1e-5)
+def test_features_forget_the_size_of_a_part_and_leave_out_unusable_experts() -> None:
+    weights = layer(np.random.default_rng(16))
+    plain = features(weights)
+    np.testing.assert_allclose(features({**weights, "up": 7 * weights["up"]}), plain, rtol=1e-5, atol=1e-5)
+    assert np.sqrt((plain[:, [0, 1, 3]] ** 2).mean()) == pytest.approx(1.0, abs=0.2)
+    weights["up"][3] = 0.0
+    weights["down"][5, 0, 0] = np.inf
+    assert np.flatnonzero(np.isnan(features(weights)).all(axis=(1, 2))).tolist() == [3, 5]
+    assert np.flatnonzero(np.isnan(features(weights)).any(axis=(1, 2))).tolist() == [3, 5]
 
 
-def test_what_features_refuse() -> None:
-    collected = NeuronFeatures(NEURONS, PROBES)
-    rows = np.ones((4, HIDDEN), dtype=np.float32)
-    collected.add("gate", 0, rows)
-    with pytest.raises(ValueError, match="overlap"):
-        collected.add("gate", 3, rows)
-    with pytest.raises(ValueError, match="down is"):
-        collected.add("down", 0, rows)
-    with pytest.raises(ValueError, match="missing of gate, up, down"):
-        collected.finish()
+def test_probes_cover_the_width_segment_by_segment() -> None:
+    for hidden, segments in ((1, 1), (127, 1), (128, 2), (300, 4), (2050, 32), (8000, 32)):
+        probes = draw_probes(hidden)
+        assert probes.inward.shape == probes.outward.shape == (segments, -(-hidden // segments), 256 // segments)
+        ends = [probes.segment_of(coordinate) for coordinate in range(hidden)]
+        assert [segment for segment, _ in ends] == sorted(segment for segment, _ in ends)
+        assert ends[-1] == (segments - 1, hidden)
     with pytest.raises(ValueError, match="probes"):
         draw_probes(0)
 

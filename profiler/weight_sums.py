@@ -1,0 +1,395 @@
+"""Sums over the weights of a checkpoint: what each needs of a block of rows, and what it keeps."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from moescope.profiler.weight_features import Probes
+from moescope.profiler.weight_slabs import PARTS, Part, PartForm, Slab
+
+Task = Callable[[], None]
+#: Mean expert of each layer, (L, n, columns) float32, by checkpoint and part.
+Means = Mapping[tuple[int, Part], Tensor]
+
+#: Weights worked on at a time: on a CPU few enough for the shared cache, and enough that threads seldom wait for one
+#: another between operations; measured on two cores.
+_CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
+#: Layers of a panel of a Gram matrix; only panels on and above the diagonal are computed.
+_PANEL: Final = 16
+#: Gram matrices are worth their while from this many single products a layer squared on; measured at 48 layers.
+_DOTS: Final = 0.1
+_memory = threading.local()
+#: Sums of squares of weights above this do not fit into float32.
+_LARGEST: Final = 1e15
+
+
+class Sums(Protocol):
+    """Something that is summed over blocks."""
+
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+        """What there is to do for a block, in pieces that do not meet."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums by name, in place: writing to them restores an earlier state."""
+
+
+class Faults:
+    """Experts that are zero in a whole part, and those that were not finite so far.
+
+    Attributes:
+        zero: (S, 3, L, E) bool, by checkpoint and part; they have no part in their layer's mean.
+        non_finite: (S, 3, L, E) bool; their weights count as zero from the block on in which they were found.
+    """
+
+    def __init__(self, sources: int, layers: int, experts: int, device: torch.device) -> None:
+        shape = (sources, len(PARTS), layers, experts)
+        self.zero = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.non_finite = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The masks by name."""
+        return {"zero": self.zero, "non_finite": self.non_finite}
+
+    def mean_tasks(self, source: int, slab: Slab, means: Tensor) -> Iterator[Task]:
+        """Fill `means` (L, n, columns) with each layer's mean expert; faulty experts of the slab become zero."""
+        place = PARTS.index(slab.form.part)
+        for layer in range(len(slab.data)):
+            yield lambda layer=layer: self._mean(source, place, slab, means, layer)  # type: ignore[misc]
+
+    def _mean(self, source: int, place: int, slab: Slab, means: Tensor, layer: int) -> None:
+        zero, bad = self.zero[source, place, layer], self.non_finite[source, place, layer]
+        if bad.any():
+            slab.clear(layer, bad)
+        _layer_mean(slab, layer, ~(zero | bad), means[layer])
+        if not _small(means[layer]):
+            buffer = scratch(slab, 1)
+            for expert in range(slab.data.shape[1]):
+                pieces = (
+                    slab.fill(buffer, layer, slice(expert, expert + 1), first, last) for first, last in chunks(slab, 1)
+                )
+                if not all(map(_small, pieces)):
+                    bad[expert] = True
+                    slab.clear(layer, expert)
+            _layer_mean(slab, layer, ~(zero | bad), means[layer])
+
+
+class SameIndexSums:
+    """Inner products of the same expert in every two layers, as they are and without each layer's mean expert.
+
+    Args:
+        layers: True model indices.
+        experts: E.
+        deltas: Distances whose pairs of layers are wanted; None for all pairs.
+        faults: Where experts that overflow are noted.
+    """
+
+    def __init__(self, layers: Sequence[int], experts: int, deltas: Sequence[int] | None, faults: Faults) -> None:
+        depth = len(layers)
+        device = faults.zero.device
+        self.raw = torch.zeros(len(PARTS), experts, depth, depth, dtype=torch.float64, device=device)
+        self.centred = torch.zeros_like(self.raw)
+        self._faults = faults
+        wanted = wanted_pairs(layers, deltas)
+        offsets: dict[int, list[int]] = {0: list(range(depth))}
+        for i, j in torch.triu(wanted, 1).nonzero().tolist():
+            offsets.setdefault(j - i, []).append(i)
+        self._runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
+        products = sum(stop - start for _, start, stop in self._runs)
+        self._by_pairs = products < _DOTS * depth**2
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums above the diagonal and on it."""
+        return {"raw": self.raw, "centred": self.centred}
+
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+        """One task an expert and part."""
+        (parts,) = slabs
+        for part, slab in parts.items():
+            for expert in range(slab.data.shape[1]):
+                yield lambda s=slab, m=means[0, part], e=expert: self._add(s, m, e)  # type: ignore[misc]
+
+    def _add(self, slab: Slab, means: Tensor, expert: int) -> None:
+        depth = len(slab.data)
+        place = PARTS.index(slab.form.part)
+        add = self._add_pairs if self._by_pairs else add_gram
+        raw, centred = (torch.zeros(depth, depth, dtype=torch.float64, device=means.device) for _ in range(2))
+        buffer = scratch(slab, depth)
+        for first, last in chunks(slab, depth):
+            weights = slab.fill(buffer, slice(None), expert, first, last)
+            add(raw, weights.flatten(1))
+            weights -= means[:, first:last]
+            add(centred, weights.flatten(1))
+        spoilt = ~torch.isfinite(raw.diagonal())
+        if spoilt.any():
+            self._faults.non_finite[0, place, spoilt, expert] = True
+            for gram in (raw, centred):
+                gram[spoilt] = 0
+                gram[:, spoilt] = 0
+        self.raw[place, expert] += raw
+        self.centred[place, expert] += centred
+
+    def _add_pairs(self, total: Tensor, weights: Tensor) -> None:
+        for offset, start, stop in self._runs:
+            own, other = weights[start:stop], weights[start + offset : stop + offset]
+            total.diagonal(offset)[start:stop] += dot(own, other) if offset else dot(own, own)
+
+
+class ChangeSums:
+    """An expert of one checkpoint against the same of another: ⟨a, a⟩, ⟨a, b⟩, ⟨b, b⟩ and ‖a − b‖².
+
+    The last is summed by itself: from the others it would be lost to rounding where little has changed.
+    """
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        self.products = torch.zeros(4, len(PARTS), layers, experts, dtype=torch.float64, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums."""
+        return {"products": self.products}
+
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+        """One task an expert and part."""
+        own, other = slabs
+        for part, slab in own.items():
+            for expert in range(slab.data.shape[1]):
+                yield lambda a=slab, b=other[part], e=expert: self._add(a, b, e)  # type: ignore[misc]
+
+    def _add(self, own: Slab, other: Slab, expert: int) -> None:
+        depth = len(own.data)
+        target = self.products[:, PARTS.index(own.form.part), :, expert]
+        first_buffer, second_buffer = scratch(own, depth), scratch(own, depth, 1)
+        for first, last in chunks(own, depth):
+            a = own.fill(first_buffer, slice(None), expert, first, last).flatten(1)
+            b = other.fill(second_buffer, slice(None), expert, first, last).flatten(1)
+            for row, (left, right) in enumerate(((a, a), (a, b), (b, b))):
+                target[row] += dot(left, right)
+            a -= b
+            target[3] += dot(a, a)
+
+
+class MatchSums:
+    """All experts of a layer against all of another, and against each other.
+
+    Args:
+        sides: Layers that take part: checkpoint and position.
+        pairs: Positions in `sides` of the layers to be matched.
+        experts: E.
+        device: Where the sums are.
+    """
+
+    def __init__(
+        self, sides: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]], experts: int, device: torch.device
+    ) -> None:
+        self._sides, self._pairs = tuple(sides), tuple(pairs)
+        shape = (len(PARTS), experts, experts)
+        self.within = torch.zeros(len(self._sides), *shape, dtype=torch.float64, device=device)
+        self.between = torch.zeros(len(self._pairs), *shape, dtype=torch.float64, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums; `within` above the diagonal and on it."""
+        return {"within": self.within, "between": self.between}
+
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+        """One task a layer and part, and one a pair and part."""
+        for parts in zip(*(found.values() for found in slabs), strict=True):
+            place = PARTS.index(parts[0].form.part)
+            for row, (source, layer) in enumerate(self._sides):
+                yield lambda t=self.within[row, place], s=parts[source], i=layer: _add_within(t, s, i)  # type: ignore[misc]
+            for row, (left, right) in enumerate(self._pairs):
+                (a, i), (b, j) = self._sides[left], self._sides[right]
+                yield lambda t=self.between[row, place], s=(parts[a], parts[b]), at=(i, j): _add_between(t, s, at)  # type: ignore[misc]
+
+
+class FeatureSums:
+    """What stays of experts when their neurons are put in another order; see `Probes`.
+
+    Args:
+        sides: Layers that take part: checkpoint and position.
+        experts: E.
+        width: F.
+        probes: The probes.
+        device: Where the sums are.
+    """
+
+    def __init__(
+        self, sides: Sequence[tuple[int, int]], experts: int, width: int, probes: Probes, device: torch.device
+    ) -> None:
+        self._sides = tuple(sides)
+        self._probes = probes.to(device)
+        self._width = width
+        # gate·gate, up·up, gate·up, down·down
+        self.sums = torch.zeros(len(sides), 4, experts, probes.count, dtype=torch.float64, device=device)
+        self._open: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums, and projections of a segment that has not come to its end."""
+        return {"features": self.sums, **self._open}
+
+    def open(self, forms: Sequence[PartForm]) -> None:
+        """Make room for projections of the parts of a block, if its rows are no neurons; drop those of other parts."""
+        shape = (len(self._sides), self.sums.shape[2], self._width, self._probes.each)
+        names = [f"projected {form.part}" for form in forms if not form.neurons_in_rows]
+        self._open = {
+            name: self._open[name] if name in self._open else torch.zeros(shape, device=self.sums.device)
+            for name in names
+        }
+
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+        """One task a layer."""
+        for row, (source, layer) in enumerate(self._sides):
+            parts = slabs[source]
+            add = self._add_rows if next(iter(parts.values())).form.neurons_in_rows else self._add_columns
+            yield lambda add=add, row=row, parts=parts, layer=layer: add(row, parts, layer)  # type: ignore[misc]
+
+    def _add_rows(self, row: int, parts: Mapping[Part, Slab], layer: int) -> None:
+        """Every row is a neuron's: project it and be done with it."""
+        slab = next(iter(parts.values()))
+        experts = slab.data.shape[1]
+        buffers = {part: scratch(slab, experts, slot) for slot, part in enumerate(parts)}
+        for first, last in chunks(slab, experts):
+            projected = {
+                part: self._probes.project_rows(part, own.fill(buffers[part], layer, slice(None), first, last))
+                for part, own in parts.items()
+            }
+            for family, total in self._products(projected):
+                self.sums[row, family] += total
+
+    def _add_columns(self, row: int, parts: Mapping[Part, Slab], layer: int) -> None:
+        """Every row is one coordinate of all neurons: collect, segment by segment."""
+        slab = next(iter(parts.values()))
+        experts = slab.data.shape[1]
+        buffer = scratch(slab, experts)
+        first = 0
+        while first < slab.rows:
+            segment, end = self._probes.segment_of(slab.start + first)
+            last = min(first + chunk_rows(slab, experts), slab.rows, end - slab.start)
+            for part, own in parts.items():
+                weights = own.fill(buffer, layer, slice(None), first, last)
+                probes = self._probes.rows_of(part, slab.start + first, slab.start + last)
+                self._open[f"projected {part}"][row] += weights.transpose(1, 2) @ probes
+            if slab.start + last == end:
+                projected = {part: self._open[f"projected {part}"][row] for part in parts}
+                columns = slice(segment * self._probes.each, (segment + 1) * self._probes.each)
+                for family, total in self._products(projected):
+                    self.sums[row, family, :, columns] += total
+                for collected in projected.values():
+                    collected.zero_()
+            first = last
+
+    @staticmethod
+    def _products(projected: Mapping[Part, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Sums over neurons, (E, J), of the products of projections (E, n, J), by family."""
+        if "down" in projected:
+            yield 3, projected["down"].square().sum(1)
+            return
+        gate, up = projected["gate"], projected["up"]
+        yield 0, gate.square().sum(1)
+        yield 1, up.square().sum(1)
+        yield 2, (gate * up).sum(1)
+
+
+def wanted_pairs(layers: Sequence[int], deltas: Sequence[int] | None) -> Tensor:
+    """(L, L) bool: pairs of layers `deltas` apart, and each layer with itself; all without `deltas`."""
+    index = torch.tensor(layers)
+    apart = (index[:, None] - index[None, :]).abs()
+    return torch.ones_like(apart, dtype=torch.bool) if deltas is None else torch.isin(apart, torch.tensor([0, *deltas]))
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add X Xᵀ of X (m, n) float32 to `total` (m, m) float64, above the diagonal and on it."""
+    panel = _PANEL if rows.device.type == "cpu" else len(rows)
+    for start in range(0, len(rows), panel):
+        total[start : start + panel, start:] += rows[start : start + panel] @ rows[start:].T
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """(m,) inner products of the rows of two (m, n) float32."""
+    if left is right:
+        squares: Tensor = torch.linalg.vector_norm(left, dim=1).square()
+        return squares
+    product = torch.mul(left, right, out=_kept("product", left.numel(), left.device).view(left.shape))
+    return product.sum(1)
+
+
+def mirrored(gram: Tensor) -> Tensor:
+    """(…, m, m) with what is above the diagonal also below it."""
+    return gram.triu() + gram.triu(1).mT
+
+
+def chunk_rows(slab: Slab, cells: int) -> int:
+    """Rows of `cells` experts to work on at a time."""
+    return max(1, _CHUNK[slab.data.device.type] // (cells * slab.form.columns))
+
+
+def chunks(slab: Slab, cells: int) -> Iterator[tuple[int, int]]:
+    """First row, and row after the last, of pieces of a slab to work on, for `cells` experts."""
+    step = chunk_rows(slab, cells)
+    return ((first, min(first + step, slab.rows)) for first in range(0, slab.rows, step))
+
+
+def scratch(slab: Slab, cells: int, slot: int = 0) -> Tensor:
+    """float32 memory for a piece of a slab; a thread is given the same for a `slot` again and again.
+
+    Memory that is taken anew for every piece costs more time than the arithmetic on it.
+    """
+    rows = min(chunk_rows(slab, cells), slab.rows)
+    return _kept(f"slot {slot}", cells * rows * slab.form.columns, slab.data.device)
+
+
+def _kept(name: str, size: int, device: torch.device) -> Tensor:
+    """(size,) float32 that this thread keeps under a name; on a GPU torch itself keeps memory."""
+    if device.type != "cpu":
+        return torch.empty(size, device=device)
+    kept: dict[str, Tensor] = _memory.__dict__
+    if name not in kept or len(kept[name]) < size:
+        kept[name] = torch.empty(size)
+    return kept[name][:size]
+
+
+def _small(weights: Tensor) -> bool:
+    """Whether all weights are numbers whose squares can be summed."""
+    low, high = torch.stack(torch.aminmax(weights)).tolist()
+    return bool(-_LARGEST < low <= high < _LARGEST)
+
+
+def _layer_mean(slab: Slab, layer: int, used: Tensor, mean: Tensor) -> None:
+    """Mean over `used` (E,) experts of a layer, into `mean` (n, columns); zero without any."""
+    experts = slab.data.shape[1]
+    shares = (used / used.sum().clamp(min=1)).to(torch.float32)[None]
+    buffer = scratch(slab, experts)
+    for first, last in chunks(slab, experts):
+        weights = slab.fill(buffer, layer, slice(None), first, last)
+        torch.mm(shares, weights.flatten(1), out=mean[first:last].view(1, -1))
+
+
+def _add_within(total: Tensor, slab: Slab, layer: int) -> None:
+    experts = slab.data.shape[1]
+    buffer = scratch(slab, experts)
+    for first, last in chunks(slab, experts):
+        add_gram(total, slab.fill(buffer, layer, slice(None), first, last).flatten(1))
+
+
+def _add_between(total: Tensor, slabs: tuple[Slab, Slab], layers: tuple[int, int]) -> None:
+    left = slabs[0]
+    experts = left.data.shape[1]
+    buffers = scratch(left, experts), scratch(left, experts, 1)
+    for first, last in chunks(left, experts):
+        a, b = (
+            slab.fill(buffer, layer, slice(None), first, last).flatten(1)
+            for slab, buffer, layer in zip(slabs, buffers, layers, strict=True)
+        )
+        total += a @ b.T
+
+
+def _runs(starts: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending whole numbers as runs: first, and one after the last."""
+    runs: list[list[int]] = []
+    for start in starts:
+        if runs and runs[-1][1] == start:
+            runs[-1][1] += 1
+        else:
+            runs.append([start, start + 1])
+    return [(first, last) for first, last in runs]

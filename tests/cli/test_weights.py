@@ -1,0 +1,156 @@
+"""`moescope weights`: what it prints and writes, and every fault in one line."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_files import QWEN, per_expert, write
+from command import Cli
+
+from moescope.profiler import weight_pass, weight_slabs
+from moescope.profiler.weight_files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, load_weights
+from moescope.viz.weight_analysis import weight_similarity
+
+CONFIG = {**QWEN, "num_hidden_layers": 3}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    tensors, _ = per_expert(CONFIG, layers=(0, 1, 2))
+    return write(tmp_path / "tiny", CONFIG, tensors, shards=2)
+
+
+def test_the_demo_is_told_from_its_control(cli: Cli) -> None:
+    done = cli("weights", "demo:stacked", "-o", "stacked", "--delta", "4", "--n-jobs", 1)
+    assert done.code == 0
+    assert "Δ = 4   mean cosine of the same expert +0.955" in done.out
+    assert "same index: 8 of 8 layer pairs" in done.out
+    assert done.out.splitlines()[-1] == f"Wrote {Path('stacked') / WEIGHTS_NAME}"
+    assert os.listdir("stacked") == [WEIGHTS_NAME]
+    found = weight_similarity(load_weights(Path("stacked") / WEIGHTS_NAME))
+    assert found.verdict is not None
+    assert str(found.verdict) in done.out
+    control = cli("weights", "demo:control", "--sketch", "--delta", "4,8", "--match-pairs", 4)
+    assert control.code == 0
+    assert "none: 4 layer pairs" in control.out
+    assert "a sample: " in control.out
+
+
+def test_two_checkpoints(cli: Cli, tiny: Path) -> None:
+    done = cli("weights", tiny, "--against", tiny, "--layers", "0-1", "--match-pairs", 0, "-o", "out")
+    assert done.code == 0
+    assert "2 MoE layers, 3 experts" in done.out
+    assert "mean cosine of the same expert +1.000000, mean relative change 0\n" in done.out
+
+
+def test_an_interrupted_pass_is_resumed(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cli("weights", tiny, "-o", "whole")
+    assert whole.code == 0
+    monkeypatch.setattr(weight_slabs, "_PIECE", 1)
+    work, calls = weight_pass._Pass._work, []
+
+    def interrupted(*arguments: object) -> None:
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        work(*arguments)
+
+    monkeypatch.setattr(weight_pass._Pass, "_work", interrupted)
+    stopped = cli("weights", tiny, "-o", "out")
+    assert stopped.code == 130
+    assert f"kept in {Path('out') / PARTIAL_WEIGHTS_NAME}" in stopped.err
+    assert os.listdir("out") == [PARTIAL_WEIGHTS_NAME]
+    monkeypatch.setattr(weight_pass._Pass, "_work", work)
+    assert "or --resume to go on" in cli("weights", tiny, "-o", "out").error
+    assert "other settings than these" in cli("weights", tiny, "-o", "out", "--resume", "--delta", "1").error
+    resumed = cli("weights", tiny, "-o", "out", "--resume")
+    assert resumed.code == 0
+    assert os.listdir("out") == [WEIGHTS_NAME]
+    one, other = (load_weights(Path(folder) / WEIGHTS_NAME) for folder in ("whole", "out"))
+    assert one.raw is not None
+    assert other.raw is not None
+    np.testing.assert_allclose(one.raw, other.raw, rtol=1e-5, atol=1e-5)
+    assert "nothing to resume" in cli("weights", tiny, "-o", "out", "--resume").error
+
+
+def test_weights_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None:
+    tensors, _ = per_expert(CONFIG, layers=(0, 1, 2))
+    for expert in (0, 2):
+        tensors[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"][3, 3] = torch.nan
+    folder = write(tmp_path / "spoilt", CONFIG, tensors)
+    done = cli("weights", folder, "-o", "out")
+    assert done.code == 2
+    assert done.error.endswith(
+        "weights that are not finite, left out of the results: layer 1 expert 0, layer 1 expert 2"
+    )
+    assert f"Wrote {Path('out') / WEIGHTS_NAME}" in done.out
+    found = weight_similarity(load_weights(Path("out") / WEIGHTS_NAME))
+    assert [(expert.layer, expert.expert) for expert in found.unusable] == [(1, 0), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (("--delta", "3"), "--delta 3: no two of the layers of "),
+        (("--delta", "0"), "--delta '0' must be layer distances"),
+        (("--layers", "1"), "layer 1 is the only one that routes, or was chosen"),
+        (("--layers", "1,7"), "layer 7 of "),
+        (("--layers", "3-1"), "--layers '3-1' must be layers and ranges of them"),
+        (("--layers", "a"), "--layers 'a' must be layers"),
+        (("--device", "tpu"), "--device 'tpu' must be auto, cpu, cuda or cuda:N"),
+        (("--device", "cuda:99"), "--device cuda:99: there is no such GPU here"),
+        (("--resume",), "--resume needs --output-dir"),
+        (("--against", "demo:stacked"), "cannot be held against"),
+        (("--against", "demo:stacked", "--delta", "1"), "leave --delta out"),
+        (("--against", "nowhere/at/all"), "No such folder: nowhere/at/all"),
+    ],
+)
+def test_options_that_do_not_fit(options: tuple[str, ...], pattern: str, cli: Cli, tiny: Path) -> None:
+    done = cli("weights", tiny, *options)
+    assert done.code == 2
+    assert pattern in done.error
+    assert sorted(os.listdir()) == ["tiny"]
+
+
+def test_one_layer_and_layers_of_different_widths(cli: Cli, tmp_path: Path) -> None:
+    single = {**QWEN, "num_hidden_layers": 1}
+    folder = write(tmp_path / "single", single, per_expert(single, layers=(0,))[0])
+    assert "layer 0 is the only one that routes" in cli("weights", folder).error
+    assert cli("weights", folder, "--against", folder, "-o", "out").code == 0
+    tensors, _ = per_expert(CONFIG, layers=(0, 1, 2))
+    for part in ("gate", "up", "down"):
+        name = f"model.layers.2.mlp.experts.1.{part}_proj.weight"
+        tensors[name] = torch.zeros(10, 7) if part == "down" else torch.zeros(7, 10)
+    done = cli("weights", write(tmp_path / "wider", CONFIG, tensors))
+    assert done.code == 2
+    assert (
+        "model.layers.2.mlp.experts.1.gate_proj.weight has shape [7, 10], but the config asks for [6, 10]" in done.error
+    )
+
+
+def test_damaged_files(cli: Cli, tiny: Path) -> None:
+    def error() -> str:
+        done = cli("weights", tiny)
+        assert done.code == 2
+        assert not list(Path().glob("moescope_weights*"))
+        return done.error
+
+    shard, index = tiny / "model-00001.safetensors", tiny / "model.safetensors.index.json"
+    kept, listed = shard.read_bytes(), index.read_text()
+    shard.write_bytes(kept[:-10])
+    assert "cut short or damaged" in error()
+    shard.write_bytes((1 << 40).to_bytes(8, "little") + kept[8:])
+    assert "its header claims 1099511627776 bytes" in error()
+    shard.unlink()
+    assert "model-00001.safetensors: no such file" in error()
+    shard.write_bytes(kept)
+    where = json.loads(listed)
+    name = next(iter(where["weight_map"]))
+    index.write_text(json.dumps({"weight_map": where["weight_map"] | {name: "../outside.safetensors"}}))
+    assert "is not the name of a safetensors file inside the folder" in error()
+    for file in tiny.glob("*.safetensors*"):
+        file.unlink()
+    assert "has no weights in safetensors files" in error()
