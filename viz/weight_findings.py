@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.expert_matching import Kind, PairVerdict, Verdict
-from moescope.stats.expert_similarity import PARTS, DistanceSimilarity, UnusableExpert, similarity_by_distance
+from moescope.stats.expert_similarity import PARTS, DistanceSimilarity, UnusableExpert
 from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
 from moescope.viz.weights import clearest_first
@@ -61,9 +61,14 @@ def verdict_in_words(result: WeightSimilarity | WeightChange) -> str:
     return f"{text}."
 
 
-def weight_findings(result: WeightSimilarity | WeightChange) -> list[str]:
-    """Sentences for the head of a page: what a careful reader asks first; the verdict itself is `verdict_in_words`."""
-    found = _change(result) if isinstance(result, WeightChange) else _similarity(result)
+def weight_findings(result: WeightSimilarity | WeightChange, *, by_distance: bool = True) -> list[str]:
+    """Sentences for the head of a page: what a careful reader asks first; the verdict itself is `verdict_in_words`.
+
+    Args:
+        result: the results.
+        by_distance: False leaves out the sentence on each distance, for where a table says the same.
+    """
+    found = _change(result) if isinstance(result, WeightChange) else _similarity(result, by_distance)
     return [sentence for sentence in (*found, _unusable(result.unusable), _coverage(result.coverage)) if sentence]
 
 
@@ -75,10 +80,10 @@ def pairs_by_distance(found: Verdict) -> dict[int, tuple[int, int]]:
     return {delta: (related[delta], counts[delta]) for delta in sorted(counts)}
 
 
-def _similarity(result: WeightSimilarity) -> list[str]:
+def _similarity(result: WeightSimilarity, each_distance: bool) -> list[str]:
     return [
         _stacked(result),
-        _same_index(result),
+        _same_index(result) if each_distance else "",
         _peak(result),
         _within(result),
         _amount_matched(result),
@@ -123,8 +128,8 @@ def _period(related: Sequence[int], tested: Sequence[int]) -> str:
 
 def _same_index(result: WeightSimilarity) -> str:
     """Mean cosine at each distance, raw and centred, beside the null level of the matched pairs."""
-    centred = similarity_by_distance(result.same_index.centred, result.layers, result.deltas)
-    measured = [(raw, own) for raw, own in zip(result.by_distance, centred, strict=True) if raw.num_pairs]
+    both = zip(result.by_distance, result.centred_by_distance, strict=True)
+    measured = [(raw, own) for raw, own in both if raw.num_pairs]
     if not measured:
         return "No two layers at the distances asked for have experts that can be compared."
     listed = "; ".join(_at_distance(result, raw, own) for raw, own in measured[:MOST_DISTANCES])
