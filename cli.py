@@ -1002,7 +1002,7 @@ def _print_findings(data: "ReportData") -> None:
 def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
     from moescope.stats.weight_similarity import WeightSimilarity
     from moescope.viz.weight_findings import verdict_in_words, weight_findings
-    from moescope.viz.wording import in_bytes
+    from moescope.viz.wording import in_bytes, signed
 
     read = in_bytes(result.coverage.bytes_read)
     typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {read} of weights read")
@@ -1011,8 +1011,10 @@ def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
             pairs = "pair" if raw.num_pairs == 1 else "pairs"
             found = "no two layers so far apart have experts that can be compared"
             if raw.num_pairs:
-                second = f"{centred.mean:+.3f} centred" if centred.num_pairs else "not centred"
-                found = f"cosine of the same expert {raw.mean:+.3f}, {second}, over {raw.num_pairs} {pairs} of layers"
+                second = f"{signed(centred.mean)} centred" if centred.num_pairs else "not centred"
+                found = (
+                    f"cosine of the same expert {signed(raw.mean)}, {second}, over {raw.num_pairs} {pairs} of layers"
+                )
             typer.echo(f"  Δ = {raw.delta:<3} {found}")
     typer.echo(verdict_in_words(result))
     for sentence in weight_findings(result, by_distance=False):

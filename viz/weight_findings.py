@@ -13,6 +13,7 @@ from moescope.stats.expert_similarity import PARTS, DistanceSimilarity, Unusable
 from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
 from moescope.viz.weights import clearest_first
+from moescope.viz.wording import signed
 
 ALIKE, APART = 0.5, 0.1
 """Mean cosine of two experts of a layer from which they are called alike, and up to which apart: a rule of thumb."""
@@ -144,15 +145,16 @@ def _same_index(result: WeightSimilarity) -> str:
 
 
 def _at_distance(result: WeightSimilarity, raw: DistanceSimilarity, centred: DistanceSimilarity) -> str:
-    second = f"{_signed(centred.mean)} centred" if centred.num_pairs else "not centred"
+    second = f"{signed(centred.mean)} centred" if centred.num_pairs else "not centred"
     nulls = [
         pair.weights.same_index
         for pair in result.matches
         if pair.second - pair.first == raw.delta and pair.weights is not None and pair.weights.same_index is not None
     ]
     mean, spread = (float(np.mean([getattr(null, name) for null in nulls] or 0.0)) for name in ("mean", "std"))
-    null = f", by chance {_signed(mean)} ± {spread:.3f} for one pair" if nulls else ""
-    return f"Δ = {raw.delta}: {_signed(raw.mean)} raw, {second}{null} ({raw.num_pairs} pairs of layers)"
+    pairs = "pair" if raw.num_pairs == 1 else "pairs"
+    null = f", by chance {signed(mean)} ± {spread:.3f} for one pair" if nulls else ""
+    return f"Δ = {raw.delta}: {signed(raw.mean)} raw, {second}{null} ({raw.num_pairs} {pairs} of layers)"
 
 
 def _peak(result: WeightSimilarity) -> str:
@@ -167,8 +169,8 @@ def _peak(result: WeightSimilarity) -> str:
     best = int(np.argmax(means))
     return (
         f"Over the {len(usable)} distances with two pairs of layers or more, the centred cosine of the same expert "
-        f"is highest at Δ = {deltas[usable[best]]} ({_signed(means[best])}); at the median distance it is "
-        f"{_signed(median(means))}. This by itself is not a test."
+        f"is highest at Δ = {deltas[usable[best]]} ({signed(means[best])}); at the median distance it is "
+        f"{signed(median(means))}. This by itself is not a test."
     )
 
 
@@ -186,8 +188,8 @@ def _within(result: WeightSimilarity) -> str:
     else:
         meaning = "they share a part, as upcycling leaves it, but training side by side does, too"
     return (
-        f"Two different experts of one layer have mean cosine {_signed(middle)} in the median layer, from "
-        f"{_signed(result.within[low])} in layer {result.layers[low]} to {_signed(result.within[high])} in layer "
+        f"Two different experts of one layer have mean cosine {signed(middle)} in the median layer, from "
+        f"{signed(result.within[low])} in layer {result.layers[low]} to {signed(result.within[high])} in layer "
         f"{result.layers[high]}: {meaning}."
     )
 
@@ -290,11 +292,6 @@ def _has_features(result: WeightSimilarity) -> bool:
 def _median(matrix: NDArray[np.float64]) -> float:
     finite = matrix[np.isfinite(matrix)]
     return float(np.median(finite)) if finite.size else float("nan")
-
-
-def _signed(value: float) -> str:
-    """Three decimals with a sign, without a negative zero."""
-    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def _percent(share: float) -> str:
