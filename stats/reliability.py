@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from moescope.stats.layout import check_ascending, padding_mask
 from moescope.stats.pairwise import CONSTANT_TOLERANCE
@@ -103,7 +103,7 @@ def layer_reliability(
     across, across_error = jackknife(moments.across, len(used))
     reliability, error = across.diagonal().copy(), across_error.diagonal().copy()
     with np.errstate(invalid="ignore"):
-        defined = reliability > student.ppf(CONFIDENCE, max(len(used) - 1, 1)) * error
+        defined = reliability > stdtrit(max(len(used) - 1, 1), CONFIDENCE) * error
     both = defined[:, None] & defined[None, :]
     corrected, corrected_error = jackknife(moments.corrected, len(used))
     with np.errstate(invalid="ignore", divide="ignore"):
