@@ -285,8 +285,8 @@ def _exact_moments(
     """Mean and variance (n, n) of the inner product of two rows in random order within blocks.
 
     For a block of size m with sums a, b and sums of squared deviations A, B: mean ab/m, variance AB/(m - 1)
-    (W. Hoeffding, Ann. Math. Stat. 22, 1951). Orders of different pairs of layers are independent of each other, two by two, so
-    variances of means over pairs add up.
+    (W. Hoeffding, Ann. Math. Stat. 22, 1951). Orders of different pairs of layers are independent of each other, two by
+    two, so variances of means over pairs add up.
     """
     mean = np.zeros((len(rows), len(rows)))
     variance = np.zeros_like(mean)

@@ -80,7 +80,7 @@ class PeriodFinding:
 
     Attributes:
         kind: the activation measure it rests on.
-        periods: (P,) periods scanned, in model layers; empty where the model is too shallow or too little is measurable.
+        periods: (P,) periods scanned, in model layers; empty where the model is too shallow.
         pairs: (P,) int64, pairs of layers at the period and its multiples.
         effect: (P,) float64, mean contrast over these pairs: by how much layers at a multiple of the period correlate
             more than layers one nearer and one further apart. In correlations of normal scores, as measured: noise of
@@ -133,13 +133,13 @@ def find_period(
     Every pair of layers gets a contrast: its correlation less half that of the pairs one layer nearer and half that of
     the pairs one layer further apart, at either end. Whatever is smooth in distance and depth cancels. A period's
     statistic is Student's t of the contrasts at all its multiples. As it is measured in their own spread, it does not
-    grow where neighbouring layers are nearly copies. Profiles are taken as normal scores of their ranks, so that no single
-    busy expert decides.
+    grow where neighbouring layers are nearly copies. Profiles are taken as normal scores of their ranks, so that no
+    single busy expert decides.
 
-    Both nulls simulate whole sets of profiles with each layer's own values and pass them through the same scan: means over
-    overlapping pairs keep their dependence, and the largest of many looks is held against the largest of as many. The
-    first puts experts into random order. The second gives them the correlation of `smooth_alignment`: only against it
-    "period" means more than "near layers are alike".
+    Both nulls simulate whole sets of profiles with each layer's own values and pass them through the same scan: means
+    over overlapping pairs keep their dependence, and the largest of many looks is held against the largest of as many.
+    The first puts experts into random order. The second gives them the correlation of `smooth_alignment`: only against
+    it "period" means more than "near layers are alike".
 
     Args:
         activation: the vectors to compare, one a layer. Layers with another number of experts than most, constant ones
@@ -226,7 +226,8 @@ class _Comb:
         correlation = (grid @ grid.swapaxes(1, 2)) * self.pair
         nearer, further = _neighbour_sums(correlation)
         contrast = correlation - nearer * self.nearer_share - further * self.further_share
-        return contrast.reshape(len(values), -1)[:, self.cells]
+        chosen: NDArray[np.float32] = contrast.reshape(len(values), -1)[:, self.cells]
+        return chosen
 
     def scan(self, values: NDArray[np.float32]) -> _Scan:
         """Every period of B sets of standardised rows (B, n, E)."""
@@ -239,7 +240,7 @@ class _Comb:
 
 
 def _neighbour_sums(matrix: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """For each cell of (B, G, G): sums over the cells one nearer to the diagonal, and over those one further from it."""
+    """For each cell of (B, G, G): sums over the cells one nearer to the diagonal, and over those one further."""
     nearer, further = np.zeros_like(matrix), np.zeros_like(matrix)
     nearer[:, :-1] += matrix[:, 1:]
     nearer[:, :, 1:] += matrix[:, :, :-1]
@@ -351,9 +352,9 @@ def _intervals(
     activation: Activation, split_counts: NDArray[np.int64] | None, index: NDArray[np.intp], comb: _Comb
 ) -> NDArray[np.float64]:
     """95% interval of each period's effect, by jackknife over splits."""
-    unknown = np.full((2, len(comb.periods)), np.nan)
-    if split_counts is None or activation.kind != "frequency":
-        return unknown
+    unknown = np.full(len(comb.periods), np.nan)
+    if split_counts is None or activation.kind != "frequency" or not unknown.size:
+        return np.stack([unknown, unknown])
     check_splits(split_counts, activation.experts, activation.layers)
     used = split_counts[split_counts.any(axis=(1, 2))]
 
@@ -361,12 +362,10 @@ def _intervals(
         kept = np.delete(used, [] if without is None else [without], axis=0).sum(axis=0).astype(np.float64)
         rows = _scores(kept, activation.experts)
         if not np.array_equal(rows.index, index):  # a layer lives on this split alone
-            return unknown[0]
+            return unknown
         effect: NDArray[np.float64] = comb.scan(rows.values[None].astype(np.float32)).effect[0]
         return effect
 
-    if not comb.periods.size:
-        return unknown
     effect, error = jackknife(effects, len(used))
     reach = stdtrit(max(len(used) - 1, 1), (1 + CONFIDENCE) / 2) * error
     return np.stack([effect - reach, effect + reach])

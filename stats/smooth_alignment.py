@@ -48,8 +48,8 @@ def smooth_alignment(correlation: NDArray[np.float64], positions: NDArray[np.flo
     all are positive definite, so their mixture is.
 
     A second fit moves the layers: the more a correlation of neighbours falls short of its surroundings, the longer the
-    step, so that layers in blocks lie together. It is taken where it lowers the squared error by more than its parameters
-    would by chance (C. L. Mallows, Technometrics 15, 1973).
+    step, so that layers in blocks lie together. It is taken where it lowers the squared error by more than its
+    parameters would by chance (C. L. Mallows, Technometrics 15, 1973).
 
     Args:
         correlation: (n, n) float64, correlation of the layers, n ≥ 2.
@@ -76,7 +76,7 @@ def smooth_alignment(correlation: NDArray[np.float64], positions: NDArray[np.flo
 
 
 def _fit(positions: NDArray[np.float64], seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Covariance (n, n) at these positions that is closest to the correlations seen above the diagonal, and its error."""
+    """Covariance (n, n) at these positions that is closest to what is seen, and its squared error."""
     distance = np.abs(positions[:, None] - positions)
     lengths = np.asarray(TREND_LENGTHS) * (positions[-1] - positions[0])
     terms = np.concatenate(
