@@ -165,9 +165,9 @@ def layer_nulls(
         (within_groups,) = _nulls({"pearson": rows}, blocks, activation.layers, permutations, seed)
     dead = np.flatnonzero((activation.matrix[rows.index, : rows.width] == 0).any(axis=0))
     if dead.size:
-        alive = np.delete(activation.matrix[:, : rows.width], dead, axis=1)
-        widths = [alive.shape[1] if row in rows.index else 0 for row in range(len(alive))]
-        living = standardised_rows(alive, widths)
+        alive = np.full((len(activation.layers), rows.width - dead.size), np.nan)
+        alive[rows.index] = np.delete(activation.matrix[rows.index, : rows.width], dead, axis=1)
+        living = standardised_rows(alive, alive.shape[1:] * len(alive))
         (without_dead,) = _nulls(
             {"pearson": living}, np.zeros(living.width, np.int64), activation.layers, permutations, seed
         )
