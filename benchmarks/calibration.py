@@ -16,6 +16,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
@@ -37,7 +38,6 @@ SPREAD = 0.5
 SELECTIONS = 200
 """Selections an expert has on average."""
 
-LEVEL = 0.05
 SPLITS = 16
 
 
@@ -126,15 +126,33 @@ def activation_of(run: NDArray[np.int64]) -> Activation:
     return selection_frequency(counts, (1,) * layers, int(counts.sum(axis=1).max()), (experts,) * layers, range(layers))
 
 
-def alarm(kind: str, layers: int, experts: int, simulations: int, seed: int, number: int) -> tuple[float, float, float]:
-    """p-values of one run of a kind: of the period; of the largest Δ; and of Δ = 1 (NaN where there is alignment)."""
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """p-values of many runs of one kind of nothing.
+
+    Attributes:
+        kind: of `NOTHING`.
+        test: what was looked for.
+        p: p-value of each run.
+        found: share of the runs in which a period was reported: both nulls rejected; None for other tests.
+    """
+
+    kind: str
+    test: str
+    p: list[float]
+    found: float | None
+
+
+def alarm(kind: str, layers: int, experts: int, simulations: int, seed: int, number: int) -> tuple[float, ...]:
+    """Of one run: p of a period, whether one is reported; of unaligned layers p of the largest Δ and of Δ = 1."""
     rng = np.random.default_rng([seed, list(NOTHING).index(kind), number])
     activation = activation_of(NOTHING[kind](rng, layers, experts))
-    found = find_period(activation, simulations=simulations, seed=number).p
+    finding = find_period(activation, simulations=simulations, seed=number)
+    period = (finding.p, float(finding.period is not None))
     if kind not in UNALIGNED:
-        return found, float("nan"), float("nan")
+        return (*period, float("nan"), float("nan"))
     null = layer_nulls(activation, permutations=simulations, seed=number).free
-    return found, null.p_largest, float(null.p[0])
+    return (*period, null.p_largest, float(null.p[0]))
 
 
 def holm(p: Iterable[float]) -> list[float]:
@@ -146,17 +164,16 @@ def holm(p: Iterable[float]) -> list[float]:
     return corrected.tolist()
 
 
-def alarms(
-    layers: int, experts: int, profiles: int, simulations: int, seed: int, processes: int
-) -> Iterator[tuple[str, str, list[float]]]:
-    """Kind, test and p-values of many runs of every kind."""
+def alarms(layers: int, experts: int, profiles: int, simulations: int, seed: int, processes: int) -> Iterator[Looks]:
+    """Every test on many runs of every kind that it should stay silent on."""
     with ProcessPoolExecutor(processes) as pool:
         for kind in NOTHING:
             one = partial(alarm, kind, layers, experts, simulations, seed)
-            results = np.array(list(pool.map(one, range(profiles), chunksize=10)))
-            for column, test in enumerate(("a period", "the largest Δ", "Δ = 1")):
-                if np.isfinite(results[:, column]).all():
-                    yield kind, test, results[:, column].tolist()
+            period, found, largest, first = np.array(list(pool.map(one, range(profiles), chunksize=10))).T.tolist()
+            yield Looks(kind, "a period", period, sum(found) / profiles)
+            if kind in UNALIGNED:
+                yield Looks(kind, "the largest Δ", largest, None)
+                yield Looks(kind, "Δ = 1", first, None)
 
 
 def nothing(options: argparse.Namespace) -> None:
@@ -164,12 +181,16 @@ def nothing(options: argparse.Namespace) -> None:
     rows = list(
         alarms(options.layers, options.experts, options.profiles, options.simulations, options.seed, options.processes)
     )
-    uniform = holm(kstest(p, "uniform").pvalue for _, _, p in rows)
+    uniform = holm(kstest(row.p, "uniform").pvalue for row in rows)
     print(f"{options.profiles} runs a kind, {options.layers} layers, {options.experts} experts, seed {options.seed}\n")
-    print("| kind | test | p ≤ 0.05 | p ≤ 0.01 | mean p | uniform, corrected |\n|---|---|---:|---:|---:|---:|")
-    for (kind, test, p), corrected in zip(rows, uniform, strict=True):
-        share = [np.mean(np.array(p) <= level) for level in (0.05, 0.01)]
-        print(f"| {kind} | {test} | {share[0]:.1%} | {share[1]:.1%} | {np.mean(p):.2f} | {corrected:.3f} |")
+    print("| kind | test | p ≤ 0.05 | p ≤ 0.01 | reported | mean p | uniform, corrected |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for row, corrected in zip(rows, uniform, strict=True):
+        five, one = (np.mean(np.array(row.p) <= level) for level in (0.05, 0.01))
+        found = "" if row.found is None else f"{row.found:.1%}"
+        print(
+            f"| {row.kind} | {row.test} | {five:.1%} | {one:.1%} | {found} | {np.mean(row.p):.2f} | {corrected:.3f} |"
+        )
 
 
 def search(

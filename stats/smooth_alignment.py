@@ -16,6 +16,15 @@ TREND_LENGTHS = (0.25, 0.5, 1.0)
 LARGEST_ALIGNMENT = 0.999
 """Sum of the weights at most, so that no two layers are equal."""
 
+PASSES = 2
+"""Fits in turn: the first with equal weights, the next by what is left of the spread of so high a correlation."""
+
+LEAST_SPREAD = 0.05
+"""Spread, as 1 - r², below which a correlation is not weighted any higher."""
+
+JUMP_ERROR = 0.6
+"""Jumps are believed where they leave less than this share of the squared error; blocks leave about a third."""
+
 NEIGHBOURHOOD = 7
 """Steps between layers among which a jump is looked for."""
 
@@ -43,13 +52,12 @@ def smooth_alignment(correlation: NDArray[np.float64], positions: NDArray[np.flo
     """Fit alignment that only decays with distance.
 
     Between two layers at distance t it is Σ a_k ρ_k^t + Σ b_m exp(-(t/ℓ_m)²/2) with weights a, b ≥ 0 by least squares
-    over all pairs (C. L. Lawson and R. J. Hanson, Solving Least Squares Problems, 1974): any mixture of exponential
-    decays, a plateau, slow drifts, and noise of each layer's own. All terms fall with t, so a period cannot enter, and
-    all are positive definite, so their mixture is.
+    over all pairs (C. L. Lawson and R. J. Hanson, Solving Least Squares Problems, 1974), each weighted by the precision
+    1/(1 - r²) of its correlation: any mixture of exponential decays, a plateau, slow drifts, and noise of each layer's
+    own. All terms fall with t, so a period cannot enter, and all are positive definite, so their mixture is.
 
     A second fit moves the layers: the more a correlation of neighbours falls short of its surroundings, the longer the
-    step, so that layers in blocks lie together. It is taken where it lowers the squared error by more than its
-    parameters would by chance (C. L. Mallows, Technometrics 15, 1973).
+    step, so that layers in blocks lie together. It is taken where it leaves much less of the squared error.
 
     Args:
         correlation: (n, n) float64, correlation of the layers, n ≥ 2.
@@ -59,7 +67,6 @@ def smooth_alignment(correlation: NDArray[np.float64], positions: NDArray[np.flo
     first, second = np.triu_indices(len(positions), 1)
     seen = correlation[first, second]
     degrees = max(experts - 1, 1)
-    variance = float(np.mean((1 - seen**2) ** 2)) / degrees
     even, even_error = _fit(positions, seen)
     best = SmoothAlignment(even, positions, jumps=False)
     neighbours = correlation.diagonal(1)
@@ -70,7 +77,7 @@ def smooth_alignment(correlation: NDArray[np.float64], positions: NDArray[np.flo
         steps = (1 - STEP_FLOOR) * depth * fall / fall.sum() + STEP_FLOOR * np.diff(positions)
         moved = positions[0] + np.concatenate([[0.0], np.cumsum(steps)])
         uneven, uneven_error = _fit(moved, seen)
-        if uneven_error + 2 * len(positions) * variance < even_error:
+        if uneven_error < JUMP_ERROR * even_error:
             best = SmoothAlignment(uneven, moved, jumps=True)
     return best
 
@@ -84,13 +91,22 @@ def _fit(positions: NDArray[np.float64], seen: NDArray[np.float64]) -> tuple[NDA
     )
     above = np.triu_indices(len(positions), 1)
     columns = terms[above]
+    precision = np.ones(len(seen))
+    for _ in range(PASSES):
+        weights = _weights(columns * precision[:, None], seen * precision)
+        precision = 1 / np.maximum(1 - (columns @ weights) ** 2, LEAST_SPREAD)
+    covariance = terms @ weights
+    error = float(np.square(seen - covariance[above]).sum())
+    np.fill_diagonal(covariance, 1.0)
+    return covariance, error
+
+
+def _weights(columns: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights ≥ 0 of the terms, of sum below 1, by least squares."""
     # normal equations: a handful of columns over thousands of pairs; the ridge keeps near twins apart
     gram = columns.T @ columns
     gram += 1e-8 * np.trace(gram) / len(gram) * np.eye(len(gram))
     factor = np.linalg.cholesky(gram)
     weights, _ = nnls(factor.T, np.linalg.solve(factor, columns.T @ seen))
-    weights *= min(1.0, LARGEST_ALIGNMENT / max(weights.sum(), np.finfo(float).tiny))
-    covariance = terms @ weights
-    error = float(np.square(seen - covariance[above]).sum())
-    np.fill_diagonal(covariance, 1.0)
-    return covariance, error
+    scaled: NDArray[np.float64] = weights * min(1.0, LARGEST_ALIGNMENT / max(weights.sum(), np.finfo(float).tiny))
+    return scaled

@@ -242,11 +242,12 @@ def test_holm_is_the_textbook() -> None:
 def test_kinds_of_nothing_raise_few_alarms() -> None:
     """The small run of `python -m benchmarks.calibration nothing`; seeds are fixed, so it fails only with the code."""
     rows = list(alarms(layers=24, experts=32, profiles=60, simulations=150, seed=1, processes=1))
-    assert {kind for kind, _, _ in rows} == set(NOTHING)
-    for kind, test, p in rows:
-        assert np.mean(np.array(p) <= 0.05) < 0.15, (kind, test)
-        assert kstest(p, "uniform", alternative="greater").pvalue > 0.001, (kind, test)
-    assert np.mean([np.mean(np.array(p) <= 0.05) for _, _, p in rows]) < 0.07
+    assert {row.kind for row in rows} == set(NOTHING)
+    for row in rows:
+        assert np.mean(np.array(row.p) <= 0.05) < 0.15, row
+        assert kstest(row.p, "uniform", alternative="greater").pvalue > 0.001, row
+        assert (row.found or 0) < 0.1, row
+    assert np.mean([np.mean(np.array(row.p) <= 0.05) for row in rows]) < 0.07
 
 
 def test_power_of_a_small_plant() -> None:
