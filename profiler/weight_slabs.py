@@ -16,6 +16,8 @@ PARTS: Final[tuple[Part, ...]] = ("gate", "up", "down")
 GROUPS: Final[tuple[tuple[Part, ...], ...]] = (("gate", "up"), ("down",))
 #: Bytes of an expert's rows in a block beyond which reading in one piece gains nothing.
 _PIECE: Final = 1 << 18
+#: And below which it costs more than the bytes do.
+_SHORT: Final = 1 << 14
 _ALIGNED: Final = 64
 #: Least weights of an expert in a row that are worked on at a time.
 _UNIT: Final = 128
@@ -312,7 +314,9 @@ def plan(forms: Sequence[Sequence[PartForm]], cells: int, most_bytes: int, *, sk
             starts, size = [(2 * i + 1) * rows // (2 * count) for i in range(count)], 1
         else:
             row = sum(form.columns * form.dtype.itemsize for form in group)
-            size = max(1, min(rows, most_bytes // (row * cells), len(group) * _PIECE // row))
+            # half of the room will do, unless an expert's piece were too short to be read at speed
+            room = min(most_bytes, max(most_bytes // 2, cells * len(group) * _SHORT))
+            size = max(1, min(rows, room // (row * cells), len(group) * _PIECE // row))
             starts = list(range(0, rows, size))
         blocks += [Block(parts, start, min(start + size, rows), start == starts[0]) for start in starts]
     return blocks
