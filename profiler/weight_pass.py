@@ -1,6 +1,5 @@
 """One pass over the experts of a checkpoint: every byte read once, all layers side by side, memory bounded."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,7 +109,7 @@ def run_pass(
     """Sum over the experts of a checkpoint, layer against layer, or over those of two, expert against expert.
 
     Blocks of rows of all layers and experts are read one after another, the next while the present one is worked on;
-    experts are spread over threads. The order of sums does not depend on the number of threads.
+    the work on a block is spread over threads.
 
     Args:
         sources: One checkpoint, or two of the same layers and shape.
@@ -162,12 +161,12 @@ class _Pass:
         depth, experts = len(first.layers), first.experts
         self._blocks = plan(self._forms, depth * experts, settings.memory * 2 // 5, sketch=settings.sketch)
         self._faults = Faults(len(sources), depth, experts, device)
-        self._means: dict[tuple[int, Part], Tensor] = {}
+        lanes = 1 if device.type == "cuda" else n_jobs
         self._features: FeatureSums | None = None
         self._sums: list[Sums] = (
-            [SameIndexSums(first.layers, experts, settings.deltas, self._faults)]
+            [SameIndexSums(first.layers, experts, settings.deltas, self._faults, lanes)]
             if len(sources) == 1
-            else [ChangeSums(depth, experts, device)]
+            else [ChangeSums(depth, experts, self._faults)]
         )
         if settings.pairs:
             sides, pairs = match_sides(settings.pairs, first.layers, against=len(sources) > 1)
@@ -252,30 +251,9 @@ class _Pass:
         self._open(block)
         if block.first:
             self._find_zero_experts(slabs)
-        means = {
-            (source, part): self._mean_memory(source, part, (len(slab.data), *slab.data.shape[2:]))
-            for source, parts in enumerate(slabs)
-            for part, slab in parts.items()
-        }
-        self._do(
-            pool,
-            (
-                task
-                for (source, part), mean in means.items()
-                for task in self._faults.mean_tasks(source, slabs[source][part], mean)
-            ),
-        )
-        self._do(pool, (task for sums in self._sums for task in sums.tasks(slabs, means)))
+        self._do(pool, (task for sums in self._sums for task in sums.tasks(slabs)))
         if self._device.type == "cuda":  # the reader may overwrite the slabs from here on
             torch.cuda.synchronize(self._device)
-
-    def _mean_memory(self, source: int, part: Part, shape: tuple[int, ...]) -> Tensor:
-        """Memory for the mean experts of a block, the same for every block of a part."""
-        size = math.prod(shape)
-        kept = self._means.get((source, part))
-        if kept is None or len(kept) < size:
-            kept = self._means[source, part] = torch.empty(size, device=self._device)
-        return kept[:size].view(shape)
 
     def _do(self, pool: ThreadPoolExecutor, tasks: Iterable[Task]) -> None:
         if self._device.type == "cuda":

@@ -16,7 +16,11 @@ PARTS: Final[tuple[Part, ...]] = ("gate", "up", "down")
 GROUPS: Final[tuple[tuple[Part, ...], ...]] = (("gate", "up"), ("down",))
 #: Bytes of an expert's rows in a block beyond which reading in one piece gains nothing.
 _PIECE: Final = 1 << 18
+#: And below which it costs more than the bytes do.
+_SHORT: Final = 1 << 14
 _ALIGNED: Final = 64
+#: Least weights of an expert in a row that are worked on at a time.
+_UNIT: Final = 128
 #: Weights read of each expert by a sketch, at least.
 SKETCH: Final = 1 << 14
 
@@ -192,11 +196,6 @@ class Slab:
         """Rows held."""
         return int(self.data.shape[2])
 
-    def clear(self, layer: int, experts: int | Tensor) -> None:
-        """Set experts of a layer, one or a mask (E,), to zero."""
-        codes = self.data.view(torch.uint8) if self.data.dtype.itemsize == 1 else self.data
-        codes[layer, experts] = 0
-
     def zeros(self) -> list[tuple[int, int]]:
         """Positions of layers and experts whose weights are all zero in this slab."""
         layers, experts = self.data.shape[:2]
@@ -210,33 +209,57 @@ class Slab:
                     found.append((layer, expert))
         return found
 
-    def fill(self, out: Tensor, layers: int | slice, experts: int | slice, first: int, last: int) -> Tensor:
+    def fill(
+        self,
+        out: Tensor,
+        layers: int | slice,
+        experts: int | slice,
+        first: int,
+        last: int,
+        columns: slice = slice(None),
+    ) -> Tensor:
         """Write rows `first` to `last` of this slab to `out` as float32.
 
         Args:
             out: At least as many float32 as there are weights; overwritten from its beginning.
             layers: One layer, or all.
-            experts: One expert, or all; exactly one of the two is all.
+            experts: One expert, or all.
             first: First row, counted from the slab's.
             last: Row after the last.
+            columns: Which columns; they begin and end with a block of factors.
 
         Returns:
-            (m, last - first, columns) float32, a view of `out`.
+            (…, last - first, columns) float32, a view of `out`; an axis less for one layer or one expert.
         """
-        picked = self.data[layers, experts, first:last]
+        picked = self.data[layers, experts, first:last, columns]
         target = out[: picked.numel()].view(picked.shape)
         if self.form.scales is None:
             return target.copy_(picked)
         decode(picked, target)
         high, wide = self.form.block
         at = (self.form.first + self.start + torch.arange(first, last, device=picked.device)) // high
-        factors = self.form.scales[layers, experts][:, at]
-        whole = self.form.columns // wide
+        across = slice((columns.start or 0) // wide, None)
+        factors = self.form.scales[layers, experts][..., at, across]
+        whole = target.shape[-1] // wide
         scaled = target[..., : whole * wide]
         scaled.view(*scaled.shape[:-1], whole, wide).mul_(factors[..., :whole, None])
-        if self.form.columns % wide:
+        if target.shape[-1] % wide:
             target[..., whole * wide :].mul_(factors[..., whole : whole + 1])
         return target
+
+    def pieces(self, weights: int) -> list[tuple[int, int, slice]]:
+        """First row, row after the last, and columns of pieces of about so many weights of each expert."""
+        width = self.form.columns
+        if weights >= width:
+            step = weights // width
+            return [(first, min(first + step, self.rows), slice(0, width)) for first in range(0, self.rows, step)]
+        unit = self.form.block[1] if self.form.scales is not None else _UNIT
+        step = max(1, weights // unit) * unit
+        return [
+            (row, row + 1, slice(first, min(first + step, width)))
+            for row in range(self.rows)
+            for first in range(0, width, step)
+        ]
 
 
 def decode(codes: Tensor, out: Tensor) -> None:
@@ -291,7 +314,9 @@ def plan(forms: Sequence[Sequence[PartForm]], cells: int, most_bytes: int, *, sk
             starts, size = [(2 * i + 1) * rows // (2 * count) for i in range(count)], 1
         else:
             row = sum(form.columns * form.dtype.itemsize for form in group)
-            size = max(1, min(rows, most_bytes // (row * cells), len(group) * _PIECE // row))
+            # half of the room will do, unless an expert's piece were too short to be read at speed
+            room = min(most_bytes, max(most_bytes // 2, cells * len(group) * _SHORT))
+            size = max(1, min(rows, room // (row * cells), len(group) * _PIECE // row))
             starts = list(range(0, rows, size))
         blocks += [Block(parts, start, min(start + size, rows), start == starts[0]) for start in starts]
     return blocks

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,9 +12,6 @@ from moescope.profiler.weight_features import Probes
 from moescope.profiler.weight_slabs import PARTS, Part, PartForm, Slab
 
 Task = Callable[[], None]
-#: Mean expert of each layer, (L, n, columns) float32, by checkpoint and part.
-Means = Mapping[tuple[int, Part], Tensor]
-
 #: Weights worked on at a time: on a CPU few enough for the shared cache, and enough that threads seldom wait for one
 #: another between operations; measured on two cores.
 _CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -29,7 +27,7 @@ _LARGEST: Final = 1e15
 class Sums(Protocol):
     """Something that is summed over blocks."""
 
-    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]]) -> Iterator[Task]:
         """What there is to do for a block, in pieces that do not meet."""
 
     def state(self) -> dict[str, Tensor]:
@@ -41,7 +39,7 @@ class Faults:
 
     Attributes:
         zero: (S, 3, L, E) bool, by checkpoint and part; they have no part in their layer's mean.
-        non_finite: (S, 3, L, E) bool; their weights count as zero from the block on in which they were found.
+        non_finite: (S, 3, L, E) bool; their weights count as zero from the block on after that they were found in.
     """
 
     def __init__(self, sources: int, layers: int, experts: int, device: torch.device) -> None:
@@ -53,88 +51,142 @@ class Faults:
         """The masks by name."""
         return {"zero": self.zero, "non_finite": self.non_finite}
 
-    def mean_tasks(self, source: int, slab: Slab, means: Tensor) -> Iterator[Task]:
-        """Fill `means` (L, n, columns) with each layer's mean expert; faulty experts of the slab become zero."""
-        place = PARTS.index(slab.form.part)
-        for layer in range(len(slab.data)):
-            yield lambda layer=layer: self._mean(source, place, slab, means, layer)  # type: ignore[misc]
-
-    def _mean(self, source: int, place: int, slab: Slab, means: Tensor, layer: int) -> None:
-        zero, bad = self.zero[source, place, layer], self.non_finite[source, place, layer]
-        if bad.any():
-            slab.clear(layer, bad)
-        _layer_mean(slab, layer, ~(zero | bad), means[layer])
-        if not _small(means[layer]):
-            buffer = scratch(slab, 1)
-            for expert in range(slab.data.shape[1]):
-                pieces = (
-                    slab.fill(buffer, layer, slice(expert, expert + 1), first, last) for first, last in chunks(slab, 1)
-                )
-                if not all(map(_small, pieces)):
-                    bad[expert] = True
-                    slab.clear(layer, expert)
-            _layer_mean(slab, layer, ~(zero | bad), means[layer])
-
 
 class SameIndexSums:
     """Inner products of the same expert in every two layers, as they are and without each layer's mean expert.
+
+    A piece of a block is made float32 once, for all layers and experts: what it gives is added up before it leaves the
+    cache. Pieces are dealt to lanes, a thread each, whose sums are added in their order, so that the same number of
+    lanes always gives the same bits.
 
     Args:
         layers: True model indices.
         experts: E.
         deltas: Distances whose pairs of layers are wanted; None for all pairs.
-        faults: Where experts that overflow are noted.
+        faults: Where experts that are not finite are noted.
+        lanes: Number of lanes.
     """
 
-    def __init__(self, layers: Sequence[int], experts: int, deltas: Sequence[int] | None, faults: Faults) -> None:
+    def __init__(
+        self, layers: Sequence[int], experts: int, deltas: Sequence[int] | None, faults: Faults, lanes: int
+    ) -> None:
         depth = len(layers)
         device = faults.zero.device
         self.raw = torch.zeros(len(PARTS), experts, depth, depth, dtype=torch.float64, device=device)
         self.centred = torch.zeros_like(self.raw)
         self._faults = faults
+        self._lanes = lanes
+        self._turn = threading.Condition()
+        self._next = 0
         wanted = wanted_pairs(layers, deltas)
         offsets: dict[int, list[int]] = {0: list(range(depth))}
         for i, j in torch.triu(wanted, 1).nonzero().tolist():
             offsets.setdefault(j - i, []).append(i)
-        self._runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
-        products = sum(stop - start for _, start, stop in self._runs)
-        self._by_pairs = products < _DOTS * depth**2
+        runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
+        by_pairs = sum(stop - start for _, start, stop in runs) < _DOTS * depth**2
+        self._runs = runs if by_pairs else None
 
     def state(self) -> dict[str, Tensor]:
         """Sums above the diagonal and on it."""
         return {"raw": self.raw, "centred": self.centred}
 
-    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
-        """One task an expert and part."""
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]]) -> Iterator[Task]:
+        """One task a part and lane."""
         (parts,) = slabs
-        for part, slab in parts.items():
-            for expert in range(slab.data.shape[1]):
-                yield lambda s=slab, m=means[0, part], e=expert: self._add(s, m, e)  # type: ignore[misc]
+        self._next = 0
+        for number, slab in enumerate(parts.values()):
+            cells = slab.data.shape[0] * slab.data.shape[1]
+            pieces = slab.pieces(_CHUNK[slab.data.device.type] // cells)
+            for lane in range(self._lanes):
+                turn = number * self._lanes + lane
+                yield lambda s=slab, p=pieces[lane :: self._lanes], t=turn: self._add(s, p, t)  # type: ignore[misc]
 
-    def _add(self, slab: Slab, means: Tensor, expert: int) -> None:
-        depth = len(slab.data)
+    def _add(self, slab: Slab, pieces: Sequence[tuple[int, int, slice]], turn: int) -> None:
+        """Sum over some pieces of a slab."""
         place = PARTS.index(slab.form.part)
-        add = self._add_pairs if self._by_pairs else add_gram
-        raw, centred = (torch.zeros(depth, depth, dtype=torch.float64, device=means.device) for _ in range(2))
-        buffer = scratch(slab, depth)
-        for first, last in chunks(slab, depth):
-            weights = slab.fill(buffer, slice(None), expert, first, last)
-            add(raw, weights.flatten(1))
-            weights -= means[:, first:last]
-            add(centred, weights.flatten(1))
-        spoilt = ~torch.isfinite(raw.diagonal())
-        if spoilt.any():
-            self._faults.non_finite[0, place, spoilt, expert] = True
-            for gram in (raw, centred):
-                gram[spoilt] = 0
-                gram[:, spoilt] = 0
-        self.raw[place, expert] += raw
-        self.centred[place, expert] += centred
+        depth, experts = slab.data.shape[:2]
+        device = slab.data.device
+        zero, bad = self._faults.zero[0, place], self._faults.non_finite[0, place]
+        found = torch.zeros_like(bad)
+        raw, centred = (_Products(depth, experts, self._runs, device) for _ in range(2))
+        most = max(((last - first) * (columns.stop - columns.start) for first, last, columns in pieces), default=0)
+        buffer = _kept("piece", depth * experts * most, device)
+        any_bad, shares = bool(bad.any()), _shares(~(zero | bad))
+        for first, last, columns in pieces:
+            weights = slab.fill(buffer, slice(None), slice(None), first, last, columns).flatten(2)
+            if any_bad:
+                weights[bad] = 0
+            mean = shares @ weights
+            if not _small(mean):
+                here = ~(weights.abs().amax(2) < _LARGEST)
+                found |= here
+                weights[here] = 0
+                mean = _shares(~(zero | bad | here)) @ weights
+            raw.add(weights)
+            weights -= mean
+            centred.add(weights)
+        overflown = ~torch.isfinite(raw.squares())
+        found |= overflown.T
+        with self._turn:
+            self._turn.wait_for(lambda: self._next == turn)
+            for total, own in ((self.raw, raw), (self.centred, centred)):
+                own.add_to(total[place], overflown)
+            bad |= found
+            self._next += 1
+            self._turn.notify_all()
 
-    def _add_pairs(self, total: Tensor, weights: Tensor) -> None:
+
+class _Products:
+    """Inner products of the same expert in two layers, summed in float32 over the pieces of one block.
+
+    Args:
+        depth: L.
+        experts: E.
+        runs: Distance, first position and position after the last of the pairs that are wanted; None for all pairs.
+        device: Where.
+    """
+
+    def __init__(
+        self, depth: int, experts: int, runs: Sequence[tuple[int, int, int]] | None, device: torch.device
+    ) -> None:
+        self._runs = runs
+        panel = _PANEL if device.type == "cpu" else depth
+        self._starts = range(0, depth, panel) if runs is None else range(1)
+        self._sums = [
+            torch.zeros(experts, min(panel, depth - start) if runs is None else depth, depth - start, device=device)
+            for start in self._starts
+        ]
+
+    def add(self, weights: Tensor) -> None:
+        """Add those of (L, E, n) float32."""
+        if self._runs is None:
+            by_expert = weights.transpose(0, 1)
+            for start, total in zip(self._starts, self._sums, strict=True):
+                own = by_expert[:, start : start + total.shape[1]]
+                total.baddbmm_(own, by_expert[:, start:].transpose(1, 2))
+            return
         for offset, start, stop in self._runs:
-            own, other = weights[start:stop], weights[start + offset : stop + offset]
-            total.diagonal(offset)[start:stop] += dot(own, other) if offset else dot(own, own)
+            own = weights[start:stop]
+            products = dot(own, weights[start + offset : stop + offset] if offset else own)
+            self._sums[0].diagonal(offset, 1, 2)[:, start:stop] += products.T
+
+    def squares(self) -> Tensor:
+        """(E, L) squared lengths."""
+        return torch.cat([total.diagonal(0, 1, 2) for total in self._sums], dim=1)
+
+    def add_to(self, total: Tensor, without: Tensor) -> None:
+        """Add to (E, L, L) float64, leaving rows and columns of `without` (E, L) bool out."""
+        if without.any():
+            for start, own in zip(self._starts, self._sums, strict=True):
+                own[without[:, start : start + own.shape[1]]] = 0
+                own.transpose(1, 2)[without[:, start:]] = 0
+        for start, own in zip(self._starts, self._sums, strict=True):
+            total[:, start : start + own.shape[1], start:] += own
+
+
+def _shares(used: Tensor) -> Tensor:
+    """(L, 1, E) float32 weights of a mean over `used` (L, E) experts of each layer; zero without any."""
+    return (used / used.sum(1, keepdim=True).clamp(min=1)).to(torch.float32)[:, None]
 
 
 class ChangeSums:
@@ -143,14 +195,16 @@ class ChangeSums:
     The last is summed by itself: from the others it would be lost to rounding where little has changed.
     """
 
-    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+    def __init__(self, layers: int, experts: int, faults: Faults) -> None:
+        device = faults.zero.device
         self.products = torch.zeros(4, len(PARTS), layers, experts, dtype=torch.float64, device=device)
+        self._faults = faults
 
     def state(self) -> dict[str, Tensor]:
         """The sums."""
         return {"products": self.products}
 
-    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]]) -> Iterator[Task]:
         """One task an expert and part."""
         own, other = slabs
         for part, slab in own.items():
@@ -168,6 +222,9 @@ class ChangeSums:
                 target[row] += dot(left, right)
             a -= b
             target[3] += dot(a, a)
+        place = PARTS.index(own.form.part)
+        for source, row in ((0, 0), (1, 2)):
+            self._faults.non_finite[source, place, :, expert] |= ~torch.isfinite(target[row])
 
 
 class MatchSums:
@@ -192,7 +249,7 @@ class MatchSums:
         """The sums; `within` above the diagonal and on it."""
         return {"within": self.within, "between": self.between}
 
-    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]]) -> Iterator[Task]:
         """One task a layer and part, and one a pair and part."""
         for parts in zip(*(found.values() for found in slabs), strict=True):
             place = PARTS.index(parts[0].form.part)
@@ -237,7 +294,7 @@ class FeatureSums:
             for name in names
         }
 
-    def tasks(self, slabs: Sequence[Mapping[Part, Slab]], means: Means) -> Iterator[Task]:
+    def tasks(self, slabs: Sequence[Mapping[Part, Slab]]) -> Iterator[Task]:
         """One task a layer."""
         for row, (source, layer) in enumerate(self._sides):
             parts = slabs[source]
@@ -306,12 +363,12 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
-    """(m,) inner products of the rows of two (m, n) float32."""
+    """(…) inner products along the last axis of two float32 tensors."""
     if left is right:
-        squares: Tensor = torch.linalg.vector_norm(left, dim=1).square()
-        return squares
-    product = torch.mul(left, right, out=_kept("product", left.numel(), left.device).view(left.shape))
-    return product.sum(1)
+        return torch.linalg.vector_norm(left, dim=-1).square()  # type: ignore[no-any-return]
+    if left.device.type == "cpu":  # faster than torch's
+        return torch.from_numpy(np.einsum("...k,...k->...", left.numpy(), right.numpy()))
+    return torch.linalg.vecdot(left, right)  # type: ignore[no-any-return]
 
 
 def mirrored(gram: Tensor) -> Tensor:
@@ -353,16 +410,6 @@ def _small(weights: Tensor) -> bool:
     """Whether all weights are numbers whose squares can be summed."""
     low, high = torch.stack(torch.aminmax(weights)).tolist()
     return bool(-_LARGEST < low <= high < _LARGEST)
-
-
-def _layer_mean(slab: Slab, layer: int, used: Tensor, mean: Tensor) -> None:
-    """Mean over `used` (E,) experts of a layer, into `mean` (n, columns); zero without any."""
-    experts = slab.data.shape[1]
-    shares = (used / used.sum().clamp(min=1)).to(torch.float32)[None]
-    buffer = scratch(slab, experts)
-    for first, last in chunks(slab, experts):
-        weights = slab.fill(buffer, layer, slice(None), first, last)
-        torch.mm(shares, weights.flatten(1), out=mean[first:last].view(1, -1))
 
 
 def _add_within(total: Tensor, slab: Slab, layer: int) -> None:

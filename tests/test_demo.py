@@ -10,7 +10,12 @@ import pytest
 import moescope
 from moescope.profiler.demo import model_path, prompts_path
 from moescope.profiler.errors import ModelError
+from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.prompts import read_prompts
+from moescope.stats.activation import selection_frequency
+from moescope.stats.nulls import layer_nulls
+from moescope.stats.period_finder import find_period
+from moescope.stats.reliability import layer_reliability
 
 
 def mean_correlations(counts: np.ndarray) -> dict[int, float]:
@@ -19,9 +24,14 @@ def mean_correlations(counts: np.ndarray) -> dict[int, float]:
     return {delta: float(np.mean(np.diagonal(r, delta))) for delta in range(1, len(r))}
 
 
-@pytest.mark.parametrize("name", ["stacked", "control"])
-def test_the_known_answer_is_found(name: str) -> None:
-    profile = moescope.profile(f"demo:{name}", read_prompts([str(prompts_path())]))
+@pytest.fixture(scope="module", params=["stacked", "control"])
+def demo(request: pytest.FixtureRequest) -> tuple[str, RoutingProfile]:
+    """Each model's name and its profile over the embedded prompts."""
+    return request.param, moescope.profile(f"demo:{request.param}", read_prompts([str(prompts_path())]))
+
+
+def test_the_known_answer_is_found(demo: tuple[str, RoutingProfile]) -> None:
+    name, profile = demo
     assert profile.tokens == 63_292
     means = mean_correlations(profile.selection_counts.sum(axis=(0, 1)))
     report = moescope.analyze(profile)
@@ -36,6 +46,30 @@ def test_the_known_answer_is_found(name: str) -> None:
     else:
         assert max(means.values()) < 0.3
         assert set(strengths.values()) == {"weak"}
+
+
+def test_the_known_answer_is_found_without_naming_it(demo: tuple[str, RoutingProfile]) -> None:
+    name, profile = demo
+    splits = profile.split_counts.sum(axis=1)
+    layers = profile.model.layer_indices
+    activation = selection_frequency(splits.sum(axis=0), (4,) * 12, profile.tokens, (16,) * 12, layers)
+    found = find_period(activation, splits, seed=0)
+    nulls = layer_nulls(activation, splits, permutations=2000, seed=0)
+    reliability = layer_reliability(splits, (16,) * 12, layers, profile.tokens)
+    assert not reliability.too_short
+    assert reliability.defined.all()
+    if name == "stacked":
+        assert found.period == 4
+        assert found.p < 0.01
+        assert [harmonic.delta for harmonic in found.harmonics] == [4, 8]
+        significant = [d for d, p in zip(nulls.free.deltas, nulls.free.p_family, strict=True) if p < 0.01]
+        assert significant == [4, 8]
+        lowest = nulls.intervals[0][[nulls.free.deltas.index(delta) for delta in (4, 8)]]
+        assert (lowest > 0.7).all()
+    else:
+        assert found.period is None
+        assert found.p > 0.05
+        assert nulls.free.p_largest > 0.05
 
 
 def test_the_prompt_set_is_what_the_card_says() -> None:
