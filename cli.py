@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
+    from moescope.profiler.weight_files import WeightRecord
     from moescope.profiler.weight_pass import PassProgress
     from moescope.stats.similarity import RouterSimilarity
     from moescope.stats.weight_similarity import WeightChange, WeightSimilarity
@@ -132,6 +134,9 @@ OutputDir = Annotated[
     typer.Option("--output-dir", "-o", help="Folder for the results; by default a new one named by the time."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that exists and is not empty.")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads of a pass over weights; by default all cores.")
+]
 NoStructured = Annotated[
     bool, typer.Option("--disable-structured-output", help="Leave out analysis_data and analysis_summary.")
 ]
@@ -260,6 +265,14 @@ def profile(
     analyze_weights: Annotated[
         bool, typer.Option(help="Router similarity, or leave the router weights unread.")
     ] = True,
+    enable_expert_similarity: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-similarity",
+            help="Compare the experts' weights, too, when the prompts are done: one pass over the checkpoint's files.",
+        ),
+    ] = False,
+    n_jobs: Jobs = None,
     engine_arg: Annotated[
         list[str] | None,
         typer.Option("--engine-arg", help="NAME=VALUE, any argument of vllm.LLM; may be given several times."),
@@ -312,6 +325,10 @@ def profile(
         raise OptionError(f"--dump-{'only' if dump_only else 'cache'} needs --cache-dir, the folder of caches")
     if dump_only and model is None:
         raise OptionError("--dump-only needs --model, the checkpoint to convert")
+    if n_jobs is not None and not enable_expert_similarity:
+        raise OptionError("--n-jobs is for --enable-expert-similarity; recording takes the threads of its engine")
+    if enable_expert_similarity:
+        _spare_threads()
     _prepare_engine()
 
     from moescope.adapters.session import check_cacheable, open_engine, parse_engine_args, profile_prompts
@@ -373,6 +390,7 @@ def profile(
         )
         if opened.note:
             _console.print(opened.note)
+        comparable = enable_expert_similarity and _comparable(name)
         try:
             with _progress() as (on_tokenized, on_progress):
                 done = profile_prompts(
@@ -404,8 +422,9 @@ def profile(
                 f"Left out {len(left_out):,} conversation{'s' * (len(left_out) > 1)} without a turn of the user "
                 f"(first: {left_out[0]})."
             )
-        weights = opened.router_weights() if analyze_weights else None
+        router_weights = opened.router_weights() if analyze_weights else None
         opened.close()
+        del opened  # a pass over weights wants its memory
         structured = None if disable_structured_output else output_format
         sample = load_sample(path, done.model)
         data = _report(
@@ -415,13 +434,15 @@ def profile(
             intervals,
             delta_max,
             structured,
-            weights=weights,
+            router_weights=router_weights,
             sample=sample,
             correlate=analyze_correlation,
         )
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
-    typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
+        typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
+        if comparable:
+            _add_weights(data, name, path, done.model.fingerprint, device, n_jobs, structured)
 
 
 @app.command()
@@ -447,7 +468,10 @@ def cache(
 
 @app.command()
 def report(
-    profiles: Annotated[list[Path], typer.Argument(help="Profile files of one model; several are added up.")],
+    profiles: Annotated[
+        list[Path],
+        typer.Argument(help="Profile files of one model, several are added up; or one weights.safetensors."),
+    ],
     output_dir: OutputDir = None,
     force: Force = False,
     measure: Measure = MeasureName.frequency,
@@ -456,23 +480,38 @@ def report(
     disable_structured_output: NoStructured = False,
     output_format: StructuredFormat = OutputFormat.json,
 ) -> None:
-    r"""Draw the figures and write summary and structured data of profiles.
+    r"""Draw the figures and write summary and structured data of profiles, or of a pass over weights.
 
     \b
-    Example:
+    Examples:
       moescope report results/profile.safetensors --measure probability -o report
+      moescope report weights/weights.safetensors -o pages
     """
     from moescope.profiler.files import OutputFolder, load_profile
     from moescope.profiler.profile import merge as merge_profiles
     from moescope.profiler.sidecars import load_routers, load_sample
+    from moescope.profiler.weight_files import holds_weights, load_weights
 
     intervals = _intervals(periodic_intervals)
+    weighed = next((path for path in profiles if holds_weights(path)), None)
+    if weighed is not None:
+        if len(profiles) > 1:
+            raise OptionError(f"{weighed} holds weights and no profile; report on it by itself")
+        record = load_weights(weighed)
+        path = output_dir or _new_folder("moescope_weights")
+        with OutputFolder(path, force=force):
+            _report_weights(record, path, None, structured=not disable_structured_output)
+        typer.echo(f"Wrote the pages in {path}")
+        return
     loaded = merge_profiles(load_profile(path) for path in profiles)
     routers, sample = _beside(load_routers, profiles, loaded), _beside(load_sample, profiles, loaded)
+    weights = _weights_beside(profiles, loaded)
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force):
         structured = None if disable_structured_output else output_format
-        _report(loaded, path, measure, intervals, delta_max, structured, routers=routers, sample=sample)
+        _report(
+            loaded, path, measure, intervals, delta_max, structured, routers=routers, sample=sample, weights=weights
+        )
     typer.echo(f"Wrote the report in {path}")
 
 
@@ -551,6 +590,7 @@ def export(
     from moescope.viz.errors import ExportError
     from moescope.viz.export import check_target
     from moescope.viz.export import export as write_export
+    from moescope.viz.structured import SUFFIXES
 
     intervals = _intervals(periodic_intervals)
     if export_format is ExportFormat.xlsx and output.suffix.lower() != ".xlsx":
@@ -569,6 +609,7 @@ def export(
                 delta_max=delta_max,
                 routed_scaling_factor=routed_scaling_factor,
                 routers=_beside(load_routers, profiles, loaded),
+                weights=_weights_beside(profiles, loaded) if export_format.value in SUFFIXES else None,
             )
     except ExportError as error:
         raise OutputError(str(error)) from error
@@ -579,16 +620,23 @@ def export(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A profile file.")],
+    file: Annotated[Path, typer.Argument(help="A profile file, or a weights.safetensors.")],
 ) -> None:
-    r"""Say what a profile holds, and check that its counts add up.
+    r"""Say what a profile holds, and check that its counts add up; or what a pass over weights has left.
 
     \b
-    Example:
+    Examples:
       moescope info results/profile.safetensors
+      moescope info weights/weights.safetensors
     """
     from moescope.profiler.files import load_profile
+    from moescope.profiler.weight_files import holds_weights, load_weights
 
+    if holds_weights(file):
+        from moescope.viz.weight_analysis import about
+
+        _print_rows(about(load_weights(file).run))
+        return
     found = load_profile(file)
     model = found.model
     layers = model.layer_indices
@@ -605,8 +653,7 @@ def info(
         "holds": ", ".join(found.arrays()),
         "counts": "add up: selections are k·T in every layer, domain and phase",
     }
-    for name, value in rows.items():
-        typer.echo(f"{name:<11}{value}")
+    _print_rows(rows)
 
 
 @app.command()
@@ -675,7 +722,7 @@ def weights(
     sketch: Annotated[
         bool, typer.Option("--sketch", help="Read a sample of the weights: a quick answer that says where to look.")
     ] = False,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores.")] = None,
+    n_jobs: Jobs = None,
     layers: Annotated[str | None, typer.Option(help="Layers to take, e.g. 3-10,20; by default all that route.")] = None,
     delta: Annotated[
         str | None,
@@ -690,6 +737,9 @@ def weights(
     output_dir: OutputDir = None,
     force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted pass in --output-dir.")] = False,
+    disable_structured_output: Annotated[
+        bool, typer.Option("--disable-structured-output", help="Leave out weights.json.")
+    ] = False,
 ) -> None:
     r"""Say how alike routers and experts of different layers are, from the files alone, without loading the model.
 
@@ -701,47 +751,29 @@ def weights(
       moescope weights ./checkpoint --delta 12,24 --match-pairs 0
       moescope weights ./tuned --against ./base
     """
-    # The pass and the nulls have threads and processes of their own; those of numpy's library would only wait.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _spare_threads()
 
-    from moescope.adapters.checkpoints import open_checkpoint
-    from moescope.adapters.weight_reader import WeightReader
-    from moescope.profiler.files import OutputFolder
-    from moescope.profiler.weight_files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, PartialWeights, save_weights
-    from moescope.profiler.weights import weigh
-    from moescope.stats.periodicity import default_intervals
-    from moescope.viz.weight_analysis import weight_change, weight_similarity
+    from moescope.adapters.weighing import weigh
+    from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
 
     asked, chosen = _intervals(delta, "--delta"), _layers(layers)
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
-    if against is not None and asked is not None:
-        raise OptionError("--against compares each layer with the same one there; leave --delta out")
     path = output_dir or _new_folder("moescope_weights")
-    with ExitStack() as stack:
-        stack.enter_context(OutputFolder(path, force=force, resume=resume))
-        readers = [
-            stack.enter_context(WeightReader(open_checkpoint(_demo(name)), chosen))
-            for name in (model, against)
-            if name is not None
-        ]
-        source, other = readers[0], readers[1] if against is not None else None
-        apart = {b - a for a in source.layers for b in source.layers if b > a}
-        deltas = asked or tuple(sorted({1, *default_intervals(source.layers)} & apart))
-        partial = PartialWeights(path / PARTIAL_WEIGHTS_NAME, resume=resume)
+    with OutputFolder(path, force=force, resume=resume):
         try:
             with _weight_progress() as on_progress:
                 record = weigh(
-                    source,
-                    deltas,
-                    against=other,
-                    only_deltas=asked is not None,
+                    model,
+                    against=against,
+                    layers=chosen,
+                    deltas=asked,
                     match_pairs=match_pairs,
                     sketch=sketch,
-                    device=_device(device),
+                    device=device,
                     n_jobs=n_jobs,
-                    keeper=partial,
+                    folder=path,
+                    resume=resume,
                     on_progress=on_progress,
                 )
         except KeyboardInterrupt as stop:
@@ -751,18 +783,93 @@ def weights(
                     f"go on with the same command and --resume --output-dir {path}"
                 )
             raise typer.Exit(130) from stop
-        save_weights(record, path / WEIGHTS_NAME)
-        partial.drop()
-        with _console.status("Matching experts …"):
-            jobs = n_jobs or len(os.sched_getaffinity(0))
-            result = (weight_similarity if other is None else weight_change)(record, jobs)
-    _print_weights(result)
-    typer.echo(f"Wrote {path / WEIGHTS_NAME}")
+        result = _report_weights(record, path, n_jobs, structured=not disable_structured_output)
+    typer.echo(f"Wrote {path / WEIGHTS_NAME} and weights.html beside it")
     spoilt = [expert for expert in result.unusable if expert.fault == "non-finite"]
     if spoilt:
         named = ", ".join(f"layer {found.layer} expert {found.expert}" for found in spoilt[:10])
         more = f" and {len(spoilt) - 10} more" if len(spoilt) > 10 else ""
         raise ModelError(f"{model} has weights that are not finite, left out of the results: {named}{more}")
+
+
+def _report_weights(
+    record: "WeightRecord", folder: Path, n_jobs: int | None, *, structured: bool
+) -> "WeightSimilarity | WeightChange":
+    """Compute what the sums say, write it and print it."""
+    from moescope.viz.weights_report import write_weights
+
+    result = _matched(record, n_jobs)
+    try:
+        write_weights(result, folder, structured)
+    except OSError as error:
+        raise OutputError(f"cannot write the pages into {folder}: {error.strerror or error}") from error
+    _print_weights(result)
+    return result
+
+
+def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | WeightChange":
+    from moescope.viz.weight_analysis import analyze_weights
+
+    with _console.status("Matching experts …"):
+        return analyze_weights(record, n_jobs or len(os.sched_getaffinity(0)))
+
+
+def _comparable(model: str) -> bool:
+    """Whether the experts' weights can be read; says why not, before anything is recorded."""
+    from moescope.adapters.weighing import open_weights
+
+    try:
+        with open_weights(model):
+            return True
+    except ModelError as error:
+        _console.print(f"Going on without --enable-expert-similarity: {error}")
+        return False
+
+
+def _add_weights(
+    data: "ReportData",
+    model: str,
+    folder: Path,
+    fingerprint: str | None,
+    device: str,
+    n_jobs: int | None,
+    structured: OutputFormat | None,
+) -> None:
+    """Weigh the model of a report that is written, and write it again with what the experts' weights say."""
+    from moescope.adapters.weighing import weigh
+    from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, PROFILE_NAME, WEIGHTS_NAME
+    from moescope.profiler.weight_files import save_weights
+    from moescope.stats.weight_similarity import WeightSimilarity
+
+    try:
+        with _weight_progress() as on_progress:
+            record = weigh(model, device=device, n_jobs=n_jobs, folder=folder, on_progress=on_progress)
+    except KeyboardInterrupt as stop:
+        kept = "resume" if (folder / PARTIAL_WEIGHTS_NAME).exists() else "force"
+        _console.print(
+            f"Interrupted. Profile and report are complete but for the experts' weights; to add them: "
+            f"moescope weights {model} --{kept} -o {folder}, "
+            f"then moescope report {folder / PROFILE_NAME} --force -o {folder}"
+        )
+        raise typer.Exit(130) from stop
+    if fingerprint is not None:  # of the routers as they were loaded: float16 rounds them otherwise than the files do
+        record = replace(record, run=replace(record.run, fingerprint=fingerprint))
+        save_weights(record, folder / WEIGHTS_NAME)
+    result = _matched(record, n_jobs)
+    if isinstance(result, WeightSimilarity):
+        _write_report(replace(data, weights=result), folder, structured)
+    _print_weights(result)
+    typer.echo(f"Wrote {folder / WEIGHTS_NAME}; the report has it")
+
+
+def _weights_beside(profiles: Sequence[Path], of: "RoutingProfile") -> "WeightSimilarity | None":
+    """What the experts' weights say that lie beside one of the profiles."""
+    from moescope.profiler.weight_files import load_weights_beside
+    from moescope.stats.weight_similarity import WeightSimilarity
+
+    record = _beside(load_weights_beside, profiles, of)
+    result = None if record is None else _matched(record, None)
+    return result if isinstance(result, WeightSimilarity) else None
 
 
 def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:
@@ -814,13 +921,13 @@ def _report(
     delta_max: int,
     structured: OutputFormat | None,
     *,
-    weights: Sequence[Any] | None = None,
+    router_weights: Sequence[Any] | None = None,
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
+    weights: "WeightSimilarity | None" = None,
     correlate: bool = True,
 ) -> "ReportData":
     from moescope.viz.analysis import analyze
-    from moescope.viz.report import write_report
 
     try:
         data = analyze(
@@ -829,19 +936,26 @@ def _report(
             intervals=intervals,
             delta_max=delta_max,
             correlate=correlate,
-            router_weights=weights,
+            router_weights=router_weights,
             routers=routers,
             sample=sample,
+            weights=weights,
         )
     except ValueError as error:
         raise OptionError(f"--measure {measure.value}: {error}") from error
+    _write_report(data, folder, structured)
+    _print_findings(data)
+    return data
+
+
+def _write_report(data: "ReportData", folder: Path, structured: OutputFormat | None) -> None:
+    from moescope.viz.report import write_report
+
     try:
         chosen = OutputFormat.json if structured is None else structured
         write_report(data, folder, structured=structured is not None, structured_format=chosen.value)
     except OSError as error:
         raise OutputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
-    _print_findings(data)
-    return data
 
 
 def _beside(
@@ -881,34 +995,35 @@ def _print_findings(data: "ReportData") -> None:
         typer.echo(f"  Δ = {pattern.delta:<3} {found}")
     if data.tokens and short_run(data):
         typer.echo(short_run(data))
+    if data.weights is not None:
+        _print_weights(data.weights)
 
 
 def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
     from moescope.stats.weight_similarity import WeightSimilarity
+    from moescope.viz.weight_findings import verdict_in_words, weight_findings
+    from moescope.viz.wording import in_bytes, signed
 
-    read = result.coverage
-    sketched = f", a sample: {read.coordinates:,} of {read.coordinates_total:,} weights of each" * read.sketched
-    size = f"{read.bytes_read / 1e9:.2f} GB of weights read"
-    typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {size}{sketched}")
+    read = in_bytes(result.coverage.bytes_read)
+    typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {read} of weights read")
     if isinstance(result, WeightSimilarity):
-        for found in result.by_distance:
-            pairs = "pair" if found.num_pairs == 1 else "pairs"
-            typer.echo(
-                f"  Δ = {found.delta:<3} mean cosine of the same expert {found.mean:+.4f}, median {found.median:+.4f}, "
-                f"over {found.num_pairs} {pairs} of layers"
-            )
-    else:
-        import numpy as np
+        for raw, centred in zip(result.by_distance, result.centred_by_distance, strict=True):
+            pairs = "pair" if raw.num_pairs == 1 else "pairs"
+            found = "no two layers so far apart have experts that can be compared"
+            if raw.num_pairs:
+                second = f"{signed(centred.mean)} centred" if centred.num_pairs else "not centred"
+                found = (
+                    f"cosine of the same expert {signed(raw.mean)}, {second}, over {raw.num_pairs} {pairs} of layers"
+                )
+            typer.echo(f"  Δ = {raw.delta:<3} {found}")
+    typer.echo(verdict_in_words(result))
+    for sentence in weight_findings(result, by_distance=False):
+        typer.echo(sentence)
 
-        usable = np.isfinite(result.cosine)
-        if usable.any():
-            cosine, change = result.cosine[usable].mean(), result.relative_change[usable].mean()
-            typer.echo(f"  mean cosine of the same expert {cosine:+.6f}, mean relative change {change:.3g}")
-    zero = sum(expert.fault == "zero" for expert in result.unusable)
-    if zero:
-        typer.echo(f"  {zero} experts are zero and have no cosine")
-    if result.verdict is not None:
-        typer.echo(str(result.verdict))
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    for name, value in rows.items():
+        typer.echo(f"{name:<11}{value}")
 
 
 def _check_type(architecture: str, wanted: ModelType) -> None:
@@ -949,25 +1064,6 @@ def _layers(text: str | None) -> list[int] | None:
     return sorted({layer for run in found for layer in run})
 
 
-def _demo(model: str) -> "str | Path":
-    from moescope.profiler.demo import model_path
-
-    return model_path(model.removeprefix("demo:")) if model.startswith("demo:") else model
-
-
-def _device(name: str) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if cuda else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise OptionError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
-    if name != "cpu" and (not cuda or int(name.partition(":")[2] or 0) >= torch.cuda.device_count()):
-        raise OptionError(f"--device {name}: there is no such GPU here; use --device cpu")
-    return name
-
-
 def _labels(text: str | None, count: int) -> list[str] | None:
     if text is None:
         return None
@@ -989,6 +1085,12 @@ def _batch_size(text: str) -> int | None:
 
 def _new_folder(kind: str = "moescope") -> Path:
     return Path(f"{kind}_{datetime.now():%Y%m%d_%H%M%S}")
+
+
+def _spare_threads() -> None:
+    """Before numpy is loaded: a pass over weights has threads and processes of its own; BLAS's would only wait."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _prepare_engine() -> None:

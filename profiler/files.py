@@ -20,6 +20,8 @@ from moescope.profiler.profile import BUFFERS, RoutingProfile, header, parse_hea
 METADATA_KEY: Final = "moescope"
 PROFILE_NAME: Final = "profile.safetensors"
 PARTIAL_NAME: Final = "profile.partial.safetensors"
+WEIGHTS_NAME: Final = "weights.safetensors"
+PARTIAL_WEIGHTS_NAME: Final = "weights.partial.safetensors"
 LOCK_NAME: Final = ".moescope.lock"
 
 

@@ -17,8 +17,6 @@ from moescope.viz.structured import schema
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-#: Named as what is to come, so that users of the earlier tool find them; not options yet.
-TO_COME = {"--enable-expert-similarity", "--n-jobs"}
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
@@ -95,7 +93,7 @@ def test_every_option_that_is_named_exists(document: Path) -> None:
     spans = re.findall(r"`([^`]+)`", prose)
     named = {name.replace("_", "-") for span in spans for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     elsewhere = {"--top-p", "--no-sample"} if document.name == "coming-from-the-old-tool.md" else set()
-    assert named - known - TO_COME - elsewhere == set()
+    assert named - known - elsewhere == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
@@ -143,7 +141,13 @@ def test_the_script_runs(tmp_path: Path) -> None:
     told = run(out)
     assert "Δ = 4   mean r = +0.8" in told
     assert "bits, noise" in told
-    for name in ("report/report.html", "by_domain/comparison.json", "tables/experts.csv", "profile.safetensors"):
+    for name in (
+        "report/report.html",
+        "by_domain/comparison.json",
+        "tables/experts.csv",
+        "weights/weights.html",
+        "profile.safetensors",
+    ):
         assert (out / name).stat().st_size > 0
     figures = {file.stem for file in (out / "figures").glob("*.html")}
     assert {
@@ -153,7 +157,9 @@ def test_the_script_runs(tmp_path: Path) -> None:
         "tokens",
         "activation_of_a_domain",
         "difference_by_domain",
+        "expert_layers",
     } <= figures
+    assert "Same index: in 8 of 8 matched pairs of layers" in told
     assert "My own title" in (out / "figures" / "correlation.html").read_text(encoding="utf-8")
     data = json.loads((out / "report" / "analysis_data.json").read_text(encoding="utf-8"))
     assert data["router_similarity"]["row_cosine"][0][3] > 0.9

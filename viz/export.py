@@ -16,6 +16,7 @@ from uuid import uuid4
 import numpy as np
 
 from moescope.stats.activation import Measure
+from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.analysis import analyze
 from moescope.viz.errors import ExportError, require
 from moescope.viz.events import SUFFIX, write_events
@@ -68,6 +69,7 @@ def export(
     delta_max: int = 30,
     routed_scaling_factor: float | None = None,
     routers: "RouterTables | None" = None,
+    weights: WeightSimilarity | None = None,
 ) -> Exported:
     """Write a profile and its statistics in another format; the output appears whole or not at all.
 
@@ -84,6 +86,7 @@ def export(
         delta_max: Largest Δ of the correlation matrix.
         routed_scaling_factor: See `parity_data`; for that format alone.
         routers: Router weights that were compared, for the structured data; see `moescope.profiler.sidecars`.
+        weights: What the experts' weights say, for the structured data.
 
     Raises:
         ExportError: The output exists, an optional package is missing, the profile does not hold what is asked for,
@@ -111,7 +114,12 @@ def export(
         return Exported(path)
     try:
         report = analyze(
-            profile, measure=measure or "frequency", intervals=intervals, delta_max=delta_max, routers=routers
+            profile,
+            measure=measure or "frequency",
+            intervals=intervals,
+            delta_max=delta_max,
+            routers=routers,
+            weights=weights,
         )
     except ValueError as error:
         raise ExportError(f"--measure {measure}: {error}") from error
