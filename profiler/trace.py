@@ -17,6 +17,7 @@ found without reading the others), complete in itself:
 K is the largest k of all layers; a layer with a smaller one has zeros past its own.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -440,39 +441,43 @@ class Trace:
             TraceError: The shard is missing, not what the index says, or (if checked) damaged.
         """
         stop = shard.rows if stop is None else min(stop, shard.rows)
-        head = shard_header(self.about, shard.rows)
+        arrays: dict[str, Any] = {}
+        with self._opened(shard) as (file, offset):
+            whole = None
+            if check:
+                whole = _pread(file, np.empty(shard.bytes, np.uint8) if into is None else into[: shard.bytes], 0)
+                if zlib.crc32(whole.data) != shard.crc32:
+                    raise TraceError(f"{self.folder / shard.name} is damaged: its checksum is not that of the index")
+            for name, (dtype, shape) in self.about.columns.items():
+                row = dtype.itemsize * int(np.prod(shape))
+                if whole is not None:
+                    part = whole[offset + start * row : offset + stop * row]
+                else:
+                    part = _pread(file, np.empty((stop - start) * row, np.uint8), offset + start * row)
+                arrays[name] = part.view(dtype.newbyteorder("<")).reshape(stop - start, *shape)
+                offset += shard.rows * row
+        return TraceRows(**arrays)
+
+    @contextlib.contextmanager
+    def _opened(self, shard: Shard) -> Iterator[tuple[int, int]]:
+        """Descriptor of a shard that is what the index and the trace say, and where its arrays begin."""
         path = self.folder / shard.name
-        body = shard.rows * self.about.row_bytes
-        if shard.bytes != len(head) + body:
-            raise TraceError(
-                f"{path}: the index says {shard.bytes} bytes, but {shard.rows} tokens take {len(head) + body}"
-            )
+        head = shard_header(self.about, shard.rows)
+        size = len(head) + shard.rows * self.about.row_bytes
+        if shard.bytes != size:
+            raise TraceError(f"{path}: the index says {shard.bytes} bytes, but {shard.rows} tokens take {size}")
+        if path.is_symlink() or not path.is_file():
+            raise TraceError(f"{path} is not a file of its own" if os.path.lexists(path) else f"{path} is missing")
         try:
-            if path.is_symlink() or not path.is_file():
-                raise TraceError(f"{path} is missing" if not path.exists() else f"{path} is not a file of its own")
             with open(path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != shard.bytes:
-                    raise TraceError(f"{path} has {size} bytes; the index says {shard.bytes}")
-                if check:
-                    memory = np.empty(shard.bytes, np.uint8) if into is None else into[: shard.bytes]
-                    data = _pread(file.fileno(), memory, 0)
-                    if zlib.crc32(data.data) != shard.crc32:
-                        raise TraceError(f"{path} is damaged: its checksum is not that of the index")
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise TraceError(f"{path} has {found} bytes; the index says {size}")
                 if _pread(file.fileno(), np.empty(len(head), np.uint8), 0).tobytes() != head:
                     raise TraceError(f"{path} is not a shard of this trace: its header is another's")
-                arrays, offset = {}, len(head)
-                for name, (dtype, shape) in self.about.columns.items():
-                    row = dtype.itemsize * int(np.prod(shape))
-                    if check:
-                        part = data[offset + start * row : offset + stop * row]
-                    else:
-                        part = _pread(file.fileno(), np.empty((stop - start) * row, np.uint8), offset + start * row)
-                    arrays[name] = part.view(dtype.newbyteorder("<")).reshape(stop - start, *shape)
-                    offset += shard.rows * row
+                yield file.fileno(), len(head)
         except OSError as error:
             raise TraceError(f"cannot read {path}: {error.strerror or error}") from error
-        return TraceRows(**arrays)
 
     def rows(
         self, start: int = 0, stop: int | None = None, *, check: bool = True, reuse: bool = False
@@ -529,11 +534,8 @@ class Trace:
     def _owners(self, shard: Shard) -> NDArray[np.uint32]:
         """The column `request`, which comes first in a shard."""
         owners = np.empty(shard.rows, "<u4")
-        try:
-            with open(self.folder / shard.name, "rb", buffering=0) as file:
-                _pread(file.fileno(), owners.view(np.uint8), len(shard_header(self.about, shard.rows)))
-        except OSError as error:
-            raise TraceError(f"cannot read {self.folder / shard.name}: {error.strerror or error}") from error
+        with self._opened(shard) as (file, offset):
+            _pread(file, owners.view(np.uint8), offset)
         return owners
 
     def _memory(self) -> NDArray[np.uint8]:

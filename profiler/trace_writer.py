@@ -116,6 +116,7 @@ class TraceWriter:
         self._key = seed.to_bytes(8, "little")
         row = about.row_bytes
         self._shard_rows = max(1, min(SHARD_BYTES, options.memory // 4) // row)
+        self._head = len(shard_header(about, self._shard_rows))
         # beside the ring there is the shard that grows, and what the feeder is about to hand over
         self._room = options.memory - 2 * self._shard_rows * row
         self._lock: IO[bytes] | None = None
@@ -164,16 +165,15 @@ class TraceWriter:
         with self._condition:
             waiting = self._used
         for place, (request, rows) in enumerate(zip(requests, most, strict=True)):
-            size = rows * self.about.row_bytes
             if self._hash(request) >= self._options.sample:
                 why = "sampled_out"
-            elif self._options.limit is not None and self._promised() + size > self._options.limit:
+            elif self._options.limit is not None and self._promised(rows) > self._options.limit:
                 why = "limited"
             elif self._options.when_slow == "sample" and waiting > self._room // 2:
                 why = "slow"
             else:
                 why = "traced"
-                waiting += size
+                waiting += rows * self.about.row_bytes
                 chosen[place] = True
                 self._reserved[request] = rows
             counts[why] += 1
@@ -273,10 +273,11 @@ class TraceWriter:
         digest = hashlib.blake2b(self._key + request.to_bytes(8, "little"), digest_size=8).digest()
         return int.from_bytes(digest, "little") / 2**64
 
-    def _promised(self) -> int:
-        """Bytes of the shards if every admitted request gets as long as it can."""
-        waiting = self._rows - self._stored + sum(self._reserved.values())
-        return self._written + waiting * self.about.row_bytes
+    def _promised(self, more: int) -> int:
+        """Bytes of the shards if every admitted request, and `more` rows, get as long as they can."""
+        waiting = self._rows - self._stored + sum(self._reserved.values()) + more
+        heads = (waiting // self._shard_rows + 2) * self._head
+        return self._written + heads + waiting * self.about.row_bytes
 
     # ------------------------------------------------------------------------------------------------- opening
 
