@@ -349,6 +349,13 @@ def profile(
         raise OptionError(f"--dump-{'only' if dump_only else 'cache'} needs --cache-dir, the folder of caches")
     if dump_only and model is None:
         raise OptionError("--dump-only needs --model, the checkpoint to convert")
+    for option, given in (
+        ("--trace-sample", trace_sample != 1.0),
+        ("--trace-weights", trace_weights),
+        ("--trace-limit", trace_limit),
+    ):
+        if given and trace is None:
+            raise OptionError(f"{option} needs --trace, the folder to write to")
     _prepare_engine()
 
     from moescope.adapters.session import check_cacheable, open_engine, parse_engine_args, profile_prompts
