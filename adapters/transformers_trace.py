@@ -49,16 +49,20 @@ class BatchTrace:
         tops = torch.tensor(writer.about.model.top_k, device=recorder.device)
         choice = torch.arange(max(writer.about.model.top_k), device=recorder.device)
         self._unused = choice[None, :] >= tops[:, None]  # (L, K)
-        self._selected: tuple[Tensor | None, dict[str, NDArray[Any]]] = (None, {})
+        self._kept: Tensor | None = None
+        self._columns: dict[str, NDArray[Any]] = {}
+        self._tokens = torch.empty(0, dtype=torch.int32)
 
     def select(self, forward: Forward, counted: Tensor) -> None:
         """Note whose tokens a forward counts; `counted`: bool (B, S) on the CPU."""
         row, column = counted.nonzero(as_tuple=True)
-        kept = None
+        self._kept = None
         if not bool(self._chosen.all()):
-            kept = self._chosen[row].nonzero().squeeze(1)
-            row, column = row[kept], column[kept]
+            self._kept = self._chosen[row].nonzero().squeeze(1)
+            row, column = row[self._kept], column[self._kept]
         assert forward.ids is not None  # the engine gives token ids
+        ids = forward.ids
+        self._tokens = ids[row.to(ids.device), column.to(ids.device)].int()
         whole = column + forward.past
         late = whole >= self._prompt_columns
         position = torch.where(
@@ -67,43 +71,47 @@ class BatchTrace:
             self._place[row, whole.clamp(max=self._prompt_columns - 1)],
         )
         owner = row.numpy()
-        self._selected = (
-            kept,
-            {
-                "request": self._numbers[owner],
-                "position": position.numpy().astype(np.uint32),
-                "token": forward.ids.cpu()[row, column].numpy().astype(np.int32),
-                "domain": self._domains[owner],
-                "phase": np.where(late.numpy(), DECODE, PREFILL).astype(np.uint8),
-                "split": self._splits[owner],
-            },
-        )
+        self._columns = {
+            "request": self._numbers[owner],
+            "position": position.numpy().astype(np.uint32),
+            "domain": self._domains[owner],
+            "phase": np.where(late.numpy(), DECODE, PREFILL).astype(np.uint8),
+            "split": self._splits[owner],
+        }
 
     @torch.no_grad()
     def append(self, output: Any) -> None:
         """Hand over what the forward routed."""
-        kept, columns = self._selected
         ids, weights = self._recorder.staged()
-        if kept is not None:
-            kept = kept.to(ids.device)
+        if self._kept is not None:
+            kept = self._kept.to(ids.device)
             ids, weights = ids.index_select(1, kept), weights.index_select(1, kept)
+        routed = {"experts": ids, "weights": weights}
         rows = max(1, _PIECE // self._writer.about.row_bytes)
-        for start in range(0, ids.shape[1], rows):
+        for start in range(0, len(self._tokens), rows):
             part = slice(start, start + rows)
-            routed = {"experts": ids[:, part], "weights": weights[:, part]}
-            self._append({name: array[part] for name, array in columns.items()}, routed)
+            tensors = {"token": self._tokens[part]}
+            for name, kind in self._types.items():
+                used = routed[name][:, part].masked_fill(self._unused[:, None], 0)
+                tensors[name] = used.transpose(0, 1).to(kind).contiguous()
+            arrays = {name: array[part] for name, array in self._columns.items()}
+            on_host = {name: _on_host(tensor) for name, tensor in tensors.items()}
+            self._writer.append(TraceRows(**arrays, **on_host), _arrival(ids.device))
 
-    def _append(self, columns: dict[str, NDArray[Any]], routed: dict[str, Tensor]) -> None:
-        ready: Callable[[], object] | None = None
-        arrays = {}
-        for name, kind in self._types.items():
-            rows = routed[name].masked_fill(self._unused[:, None], 0).transpose(0, 1).to(kind).contiguous()
-            if rows.is_cuda:  # torch keeps pinned memory of tensors that are gone, and gives it to the next
-                host = torch.empty(rows.shape, dtype=kind, pin_memory=True)
-                rows = host.copy_(rows, non_blocking=True)
-            arrays[name] = rows.numpy()
-        if self._recorder.device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            ready = event.synchronize
-        self._writer.append(TraceRows(**columns, **arrays), ready)
+
+def _on_host(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's values; from a GPU they are on their way."""
+    if tensor.is_cuda:  # torch keeps pinned memory of tensors that are gone and gives it to the next: a ring
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        tensor = pinned.copy_(tensor, non_blocking=True)
+    found: NDArray[Any] = tensor.numpy()
+    return found
+
+
+def _arrival(device: torch.device) -> Callable[[], object] | None:
+    """Waits until what is on its way from a GPU has arrived."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
