@@ -42,7 +42,7 @@ from moescope.profiler.profile import (
     header,
     parse_header,
 )
-from moescope.profiler.tokens import SPLITS
+from moescope.profiler.tokens import MAX_DOMAINS, SPLITS
 
 FORMAT_VERSION: Final = 1
 ABOUT_NAME: Final = "trace.json"
@@ -51,6 +51,8 @@ SHARD_NAME: Final = re.compile(r"shard-[0-9]{6,12}\.safetensors")
 
 _LARGEST_TEXT: Final = 1 << 28
 _LARGEST_SHARD: Final = 1 << 32
+#: Rows of other requests that are read rather than skipped, because each read costs too.
+_SKIPPED_ROWS: Final = 1 << 10
 #: Rows counted at a time: bounds temporary memory to some tens of MB.
 _COUNTED_ROWS: Final = 1 << 16
 _SAFETENSORS_NAMES: Final = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "int32": "I32", "float16": "F16"}
@@ -189,6 +191,8 @@ class TraceAbout:
                 sample=float(about["sample"]),
             )
             layers = trace.model.layers
+            if not 1 <= len(trace.domains) <= MAX_DOMAINS:
+                raise ValueError(f"{len(trace.domains)} domains")
             if not layers or any(not 1 <= i.top_k <= i.experts <= 2**32 for i in layers) or trace.row_bytes > 1 << 30:
                 raise ValueError("its layers cannot be")
             return trace
@@ -526,9 +530,10 @@ class Trace:
                 found.append(rows.take(np.isin(rows.request, inside)))
                 continue
             where = np.flatnonzero(np.isin(self._owners(shard)[:stop], inside))
-            breaks = np.flatnonzero(np.diff(where) > 1) + 1
+            breaks = np.flatnonzero(np.diff(where) > _SKIPPED_ROWS) + 1
             for run in np.split(where, breaks) if len(where) else ():
-                found.append(self.read_shard(shard, int(run[0]), int(run[-1]) + 1, check=False))
+                first_row = int(run[0])
+                found.append(self.read_shard(shard, first_row, int(run[-1]) + 1, check=False).take(run - first_row))
         return TraceRows.concatenate(found)
 
     def _owners(self, shard: Shard) -> NDArray[np.uint32]:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import threading
 import time
 import zlib
@@ -95,7 +96,7 @@ class TraceWriter:
     """Writes a trace. One thread feeds it: `admit` requests, `append` their rows, `commit` the batch, `finish`.
 
     Rows of many requests may come in one call; those of one request come in order. What `append` was given must not
-    be changed afterwards.
+    be changed afterwards. Where requests end at different times inside a batch, `release` tells of it.
 
     Args:
         about: What the trace is of; with `resume`, it must be what the folder says.
@@ -111,7 +112,6 @@ class TraceWriter:
     def __init__(self, about: TraceAbout, options: TraceOptions, *, seed: int = 0, resume: int | None = None) -> None:
         self.about = about
         self._options = options
-        self._seed = seed
         self._folder = options.folder
         self._key = seed.to_bytes(8, "little")
         row = about.row_bytes
@@ -197,6 +197,10 @@ class TraceWriter:
         """
         piece = _Piece(rows, ready, len(rows) * self.about.row_bytes)
         self._rows += len(rows)
+        if self._options.limit is not None:
+            numbers, counts = np.unique(rows.request, return_counts=True)
+            for request, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+                self._reserved[request] = max(self._reserved.get(request, 0) - count, 0)
         with self._condition:
             self._condition.wait_for(lambda: self._error or not self._used or self._used + piece.size <= self._room)
             self._raise()
@@ -204,8 +208,15 @@ class TraceWriter:
             self._queue.append(piece)
             self._condition.notify_all()
 
+    def release(self, requests: Sequence[int]) -> None:
+        """These requests have come to their end, so others may take the room that was kept for them."""
+        for request in requests:
+            self._reserved.pop(request, None)
+
     def commit(self, batch: int) -> None:
         """All rows so far are those of whole batches that were held against their requests' own lengths.
+
+        All requests that were admitted have come to their end.
 
         Raises:
             TraceError: Writing failed.
@@ -291,21 +302,23 @@ class TraceWriter:
                 self._claim_new(folder)
             else:
                 _check_same(read_about(folder), self.about, folder)
-            self._lock = open(folder / INDEX_NAME, "ab", buffering=0)  # noqa: SIM115 - held until close
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_index()
+            return Index() if resume is None else self._cut(resume)
         except BlockingIOError as error:
             self._release()
             raise TraceError(f"{folder} is in use by another run; choose another --trace") from error
         except OSError as error:
             self._release()
             raise TraceError(f"cannot write into {folder}: {error.strerror or error}") from error
-        if resume is None:
-            return Index()
-        try:
-            return self._cut(resume)
         except BaseException:
             self._release()
             raise
+
+    def _take_index(self) -> None:
+        """Open the index, and lock it until close."""
+        self._release()
+        self._lock = open(self._folder / INDEX_NAME, "ab", buffering=0)  # noqa: SIM115 - held until close
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -345,13 +358,10 @@ class TraceWriter:
                 name = _shard_name(max(int(other.name[6:-12]) for other in found.shards) + 1)
                 kept.append(self._store(name, Trace(self._folder, unfinished=True).read_shard(shard, 0, room)))
         index = Index(tuple(kept), tuple(b for b in found.batches if b.batch < batches))
-        path = self._folder / INDEX_NAME
-        with atomic_path(path) as temporary:
+        with atomic_path(self._folder / INDEX_NAME) as temporary:
             entries: list[Shard | Batch] = [*index.shards, *index.batches]
             temporary.write_text("".join(map(index_line, entries)), encoding="utf-8")
-        self._release()
-        self._lock = open(path, "ab", buffering=0)  # noqa: SIM115 - the file was replaced
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._take_index()  # the file was replaced
         names = {shard.name for shard in kept}
         for entry in list(self._folder.glob("shard-*")):
             if entry.name not in names:
@@ -452,6 +462,7 @@ class TraceWriter:
                     _write(file, part)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            _synchronise(self._folder)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -459,8 +470,10 @@ class TraceWriter:
         return Shard(name, len(rows), size, checksum, int(rows.request.min()), int(rows.request.max()))
 
     def _note_batches(self) -> None:
-        while self._ends and self._ends[0].rows <= self._stored:
-            self._line(index_line(self._ends.pop(0)))
+        done = [batch for batch in self._ends if batch.rows <= self._stored]
+        if done:
+            self._line("".join(map(index_line, done)))
+            del self._ends[: len(done)]
 
     def _note(self, complete: bool) -> None:
         self._line(index_line(complete))
@@ -479,12 +492,24 @@ def _write(file: IO[bytes], data: Any) -> None:
         rest = rest[file.write(rest) :]
 
 
+def _synchronise(folder: Path) -> None:
+    """Make sure that the disk has the names in a folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _shard_name(number: int) -> str:
     return f"shard-{number:06}.safetensors"
 
 
 def _ours(name: str) -> bool:
-    return name in (ABOUT_NAME, INDEX_NAME) or SHARD_NAME.fullmatch(name.removesuffix(".tmp")) is not None
+    """Whether a file of this name belongs to a trace; some are left where a run was killed while it wrote them."""
+    half = re.fullmatch(rf"\.({re.escape(ABOUT_NAME)}|{re.escape(INDEX_NAME)})\.[0-9]+\.tmp", name)
+    whole = name in (ABOUT_NAME, INDEX_NAME) or SHARD_NAME.fullmatch(name.removesuffix(".tmp"))
+    return bool(half or whole)
 
 
 def _remove(folder: Path) -> None:

@@ -67,8 +67,12 @@ def test_a_range_reads_its_shards_alone(written: tuple[Path, TraceRows], start: 
     assert_rows_equal(TraceRows.concatenate([whole.take(slice(0, 0)), *parts]), whole.take(slice(start, stop)))
 
 
+@pytest.mark.parametrize("skipped", [1, 3, 1024])
 @pytest.mark.parametrize("check", [True, False])
-def test_requests_are_found_where_they_are(written: tuple[Path, TraceRows], check: bool) -> None:
+def test_requests_are_found_where_they_are(
+    written: tuple[Path, TraceRows], check: bool, skipped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_module, "_SKIPPED_ROWS", skipped)
     folder, whole = written
     trace = Trace(folder)
     for numbers in ([2], [8, 0], [5, 5, 9], [11], [], list(range(10))):

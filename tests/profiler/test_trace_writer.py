@@ -133,6 +133,19 @@ def test_a_limit_leaves_whole_requests_out(tmp_path: Path, small_shards: None) -
     assert not Trace(tmp_path / "t").verify().damaged
 
 
+def test_room_that_is_kept_for_a_request_is_given_back(tmp_path: Path) -> None:
+    of = about()
+    limit = 1000 * of.row_bytes + 3000  # and headers
+    with TraceWriter(of, TraceOptions(tmp_path / "t", limit=limit)) as writer:
+        assert writer.admit([0, 1], [600, 600]).tolist() == [True, False]
+        writer.append(random_rows(of, [0] * 200, list(range(200))))
+        assert writer.admit([2, 3], [300, 300]).tolist() == [True, False]  # 200 of the 600 came, 400 may come
+        writer.release([0])
+        assert writer.admit([4, 5], [300, 600]).tolist() == [True, False]
+        writer.commit(0)
+        assert writer.admit([6], [600]).tolist() == [True]
+
+
 # ------------------------------------------------------------------------------------------------- a disk that is slow
 
 
@@ -349,6 +362,9 @@ def test_a_folder_is_not_overwritten_by_chance(tmp_path: Path) -> None:
     write_batches(folder, about(uuid="new"), BATCHES[:1], force=True)
     assert Trace(folder).about.run.uuid == "new"
     assert len(Trace(folder)) == 18
+    (folder / f".{INDEX_NAME}.123.tmp").write_text("")  # of a run that was killed
+    write_batches(folder, about(uuid="newer"), BATCHES[:1], force=True)
+    assert len(list(folder.iterdir())) == 3
     (folder / "mine.txt").write_text("keep me")
     with pytest.raises(TraceError, match=r"holds other files, e\.g\. mine\.txt"):
         write_batches(folder, about(), BATCHES, force=True)
