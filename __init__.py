@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import RoutingProfile as RoutingProfile
     from moescope.profiler.profile import merge as merge
     from moescope.profiler.run import Interrupted as Interrupted
+    from moescope.profiler.trace import Trace as Trace
+    from moescope.profiler.trace_writer import TraceOptions as TraceOptions
     from moescope.viz.analysis import analyze as analyze
     from moescope.viz.comparison_data import compare as compare
     from moescope.viz.comparison_report import write_comparison as write_comparison
@@ -28,6 +30,8 @@ _PUBLIC = {
     "Interrupted": "moescope.profiler.run",
     "MoescopeError": "moescope.profiler.errors",
     "RoutingProfile": "moescope.profiler.profile",
+    "Trace": "moescope.profiler.trace",
+    "TraceOptions": "moescope.profiler.trace_writer",
     "analyze": "moescope.viz.analysis",
     "analyze_weights": "moescope.viz.weight_analysis",
     "compare": "moescope.viz.comparison_data",

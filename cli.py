@@ -38,6 +38,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+traces = typer.Typer(
+    help="Look into, check and export traces: the experts of every token, as `profile --trace` records them.",
+    rich_markup_mode=None,
+)
+app.add_typer(traces, name="trace")
 _console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _MOST = 2**31 - 1
 Found = TypeVar("Found")
@@ -117,6 +122,20 @@ class ExportFormat(StrEnum):
     parquet = "parquet"
     parity = "parity"
     tensorboard = "tensorboard"
+
+
+class TraceFormat(StrEnum):
+    """Formats of `trace export`."""
+
+    parquet = "parquet"
+    csv = "csv"
+
+
+class WhenSlow(StrEnum):
+    """What a trace does when the disk is too slow."""
+
+    wait = "wait"
+    sample = "sample"
 
 
 Intervals = Annotated[
@@ -286,6 +305,25 @@ def profile(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Generate --max-tokens for every prompt, past its end (vllm).")
     ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Also record the experts of every token, into this folder; auto: trace in --output-dir."
+        ),
+    ] = None,
+    trace_sample: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the requests to trace; whole ones, drawn by the seed.")
+    ] = 1.0,
+    trace_weights: Annotated[bool, typer.Option("--trace-weights", help="Trace routing weights too.")] = False,
+    trace_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest trace, e.g. 10GB; further requests are left out.")
+    ] = None,
+    trace_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Host memory that tokens on their way to the disk may take.")
+    ] = "512MB",
+    trace_when_slow: Annotated[
+        WhenSlow, typer.Option(help="If the disk is too slow: wait for it, or sample, which leaves out whole requests.")
+    ] = WhenSlow.wait,
     cache_dir: Annotated[
         Path | None,
         typer.Option(help="Folder of caches: load an FP8 checkpoint as `moescope cache` converted it (CPU)."),
@@ -308,6 +346,7 @@ def profile(
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
       moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
+      moescope profile prompts.jsonl -m ./checkpoint --trace auto --trace-sample 0.01 --trace-limit 10GB
       moescope profile prompts.jsonl -m MiniMaxAI/MiniMax-M2 --device cpu --cache-dir caches --dump-cache
     """
     intervals = _intervals(periodic_intervals)
@@ -329,6 +368,13 @@ def profile(
         raise OptionError("--n-jobs is for --enable-expert-similarity; recording takes the threads of its engine")
     if enable_expert_similarity:
         _spare_threads()
+    for option, given in (
+        ("--trace-sample", trace_sample != 1.0),
+        ("--trace-weights", trace_weights),
+        ("--trace-limit", trace_limit),
+    ):
+        if given and trace is None:
+            raise OptionError(f"{option} needs --trace, the folder to write to")
     _prepare_engine()
 
     from moescope.adapters.session import check_cacheable, open_engine, parse_engine_args, profile_prompts
@@ -338,6 +384,7 @@ def profile(
     from moescope.profiler.prompts import read_prompts
     from moescope.profiler.run import Interrupted
     from moescope.profiler.sidecars import load_sample, save_routers
+    from moescope.profiler.trace_writer import TraceOptions
 
     if dump_only and model is not None and cache_dir is not None:
         _build_cache(model, cache_dir, _cache_dtypes(dtype)[0], force=False)
@@ -362,6 +409,17 @@ def profile(
         sources, prompt_field=prompt_field, domain_field=domain_field, limit=limit, left_out=left_out.append
     )
     path = output_dir or _new_folder()
+    tracing = None
+    if trace is not None:
+        tracing = TraceOptions(
+            path / "trace" if trace == "auto" else Path(trace),
+            sample=trace_sample,
+            weights=trace_weights,
+            limit=None if trace_limit is None else _size("--trace-limit", trace_limit),
+            memory=_size("--trace-memory", trace_memory),
+            when_slow=trace_when_slow.value,
+            force=force,
+        )
     with OutputFolder(path, force=force, resume=resume) as folder:
         converted = None if cache_dir is None else _cached(name, cache_dir, dtype, dump=dump_cache)
         if converted is not None:
@@ -403,6 +461,7 @@ def profile(
                     folder=folder,
                     resume=resume,
                     token_sample=token_sample,
+                    trace=tracing,
                     left_out=left_out,
                     on_tokenized=on_tokenized,
                     on_progress=on_progress,
@@ -440,6 +499,8 @@ def profile(
         )
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
+        if tracing is not None:
+            typer.echo(f"Wrote the trace {tracing.folder}: {_traced(done.runs[0].settings['trace'])}")
         typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
         if comparable:
             _add_weights(data, name, path, done.model.fingerprint, device, n_jobs, structured)
@@ -872,6 +933,126 @@ def _weights_beside(profiles: Sequence[Path], of: "RoutingProfile") -> "WeightSi
     return result if isinstance(result, WeightSimilarity) else None
 
 
+@traces.command("info")
+def trace_info(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")]) -> None:
+    r"""Say what a trace holds, without reading its tokens.
+
+    \b
+    Example:
+      moescope trace info results/trace
+    """
+    from moescope.profiler.trace import Trace
+
+    found = Trace(folder)
+    about, index = found.about, found.index
+    size = sum(shard.bytes for shard in index.shards)
+    model, layers = about.model, about.model.layer_indices
+    ended = {True: "complete", False: "stopped before its end", None: "cut off, or still going on"}[index.complete]
+    rows = {
+        "model": f"{model.id} ({model.architecture})",
+        "MoE layers": f"{len(layers)} ({layers[0]}–{layers[-1]})",
+        "experts": f"{max(model.experts)}, top-{max(model.top_k)}",
+        "run": f"{about.run.created}, {about.run.engine.name} {about.run.engine.version}; {ended}",
+        "requests": _traced({field: getattr(index.last, field) for field in index.last.__slots__}),
+        "tokens": f"{found.tokens:,}"
+        + (f"; {found.unfinished:,} more of a batch that was not finished" if found.unfinished else ""),
+        "domains": f"{len(about.domains)} ({', '.join(about.domains)})",
+        "holds": ", ".join(about.columns),
+        "shards": f"{len(index.shards)}, {size / 1e6:,.1f} MB, {size / max(index.rows, 1):,.1f} bytes a token",
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:<11}{value}")
+
+
+@traces.command("head")
+def trace_head(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=100_000, help="Tokens to show.")] = 10,
+    request: Annotated[int | None, typer.Option(min=0, max=_MOST, help="Show this request's tokens.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, max=_MOST, help="Show this layer alone.")] = None,
+) -> None:
+    r"""Show the first tokens of a trace, or of a request in it.
+
+    \b
+    Example:
+      moescope trace head results/trace --request 3 --layer 12
+    """
+    from moescope.profiler.profile import PHASES
+    from moescope.profiler.trace import Trace
+
+    found = Trace(folder)
+    layers = found.about.model.layers
+    slots = [slot for slot, info in enumerate(layers) if layer in (None, info.index)]
+    if not slots:
+        raise OptionError(f"--layer {layer}: the MoE layers are {', '.join(str(info.index) for info in layers)}")
+    parts = found.rows(0, count) if request is None else [found.requests([request])]
+    typer.echo("request position    token phase   domain      experts by layer")
+    for rows in parts:
+        for i in range(min(len(rows), count)):
+            chosen = "  ".join(
+                f"{layers[s].index}: {' '.join(map(str, rows.experts[i, s, : layers[s].top_k]))}" for s in slots
+            )
+            typer.echo(
+                f"{rows.request[i]:>7} {rows.position[i]:>8} {rows.token[i]:>8} {PHASES[rows.phase[i]]:<7} "
+                f"{found.about.domains[rows.domain[i]]:<11} {chosen}"
+            )
+
+
+@traces.command("verify")
+def trace_verify(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")]) -> None:
+    r"""Read all of a trace and check it: checksums, ids, and that each token of a request is there once.
+
+    \b
+    Example:
+      moescope trace verify results/trace
+    """
+    from moescope.profiler.errors import TraceError
+    from moescope.profiler.trace import Trace
+
+    found = Trace(folder)
+    result = found.verify()
+    for name in result.unlisted:
+        typer.echo(f"{name} is not in the index: the run was cut off before it was finished")
+    if result.unfinished:
+        typer.echo(f"{result.unfinished:,} tokens are of a batch that was not finished; they are left out")
+    if result.damaged:
+        for _, fault in result.damaged[1:]:
+            typer.echo(fault)
+        raise TraceError(
+            f"{result.damaged[0][1]}; {len(result.damaged)} of {len(found.index.shards)} shards are damaged: "
+            f"{result.rows_lost:,} tokens are lost, {result.rows:,} verify"
+        )
+    typer.echo(f"{result.rows:,} tokens in {len(found.index.shards):,} shards verify")
+
+
+@traces.command("export")
+def trace_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    export_format: Annotated[TraceFormat, typer.Option("--format", help="A table with a row for each token.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    r"""Write a trace as a table that other tools read.
+
+    \b
+    Example:
+      moescope trace export results/trace --format parquet -o trace.parquet
+    """
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_export import export_trace
+
+    rows = export_trace(Trace(folder), output, export_format.value, force=force)
+    typer.echo(f"Wrote {output}: {rows:,} tokens")
+
+
+def _traced(counts: Mapping[str, Any]) -> str:
+    """How many requests a trace holds, and why it leaves out the others."""
+    reasons = {"sampled_out": "by the sample", "slow": "as the disk was too slow", "limited": "by the limit"}
+    left_out = [f"{counts[name]:,} left out {why}" for name, why in reasons.items() if counts[name]]
+    share = counts["traced"] / max(counts["requests"], 1)
+    return ", ".join([f"{counts['traced']:,} of {counts['requests']:,} requests ({share:.1%})", *left_out])
+
+
 def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:
     """Types of the caches that serve a model loaded in `dtype`, the one to build first."""
     both = (CacheDtype.bfloat16.value, CacheDtype.float32.value)
@@ -1083,6 +1264,14 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
+def _size(option: str, text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if not size:
+        raise OptionError(f"{option} {text!r} must be a size, e.g. 512MB or 10GB")
+    return size
+
+
 def _new_folder(kind: str = "moescope") -> Path:
     return Path(f"{kind}_{datetime.now():%Y%m%d_%H%M%S}")
 
@@ -1199,7 +1388,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Δ gets an escape, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    for command in app.registered_commands:  # raw docstrings spell out the mark that keeps the lines of the examples
+    for command in (
+        *app.registered_commands,
+        *traces.registered_commands,
+    ):  # raw docstrings spell out the mark that keeps the lines of the examples
         command.help = (inspect.getdoc(command.callback) or "").replace("\\b\n", "\b\n")
     sys.argv[1:] = _with_dashes(sys.argv[1:])
     debug = "--debug" in sys.argv[1:]
