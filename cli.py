@@ -344,6 +344,7 @@ def profile(
       moescope profile prompts.jsonl --model Qwen/Qwen3-30B-A3B
       moescope profile hf:openai/gsm8k:main:test --prompt-field question -m Qwen/Qwen3-30B-A3B --limit 100
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
+      moescope profile prompts.jsonl -m ./checkpoint --enable-expert-similarity
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
       moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
       moescope profile prompts.jsonl -m ./checkpoint --trace auto --trace-sample 0.01 --trace-limit 10GB
