@@ -872,8 +872,12 @@ def _report_weights(
 def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | WeightChange":
     from moescope.viz.weight_analysis import analyze_weights
 
-    with _console.status("Matching experts …"):
-        return analyze_weights(record, n_jobs or _cores())
+    try:
+        with _console.status("Matching experts …"):
+            return analyze_weights(record, n_jobs or _cores())
+    except KeyboardInterrupt as stop:
+        _console.print("Interrupted. weights.safetensors is complete; `moescope report` goes on from it.")
+        raise typer.Exit(130) from stop
 
 
 def _cores() -> int:
