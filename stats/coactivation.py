@@ -171,7 +171,7 @@ def pair_probabilities(share: NDArray[np.float64], k: int) -> NDArray[np.float64
     free = np.flatnonzero((share > 0) & (share < 1))
     always = share == 1
     left = k - int(always.sum())
-    pairs: NDArray[np.float64] = np.outer(share, share)
+    pairs = share[:, None] * share[None, :]
     if left:
         # sets of more than half are told by what they leave out: with few in a set, rounding stays small
         inverted = 2 * left > len(free)
