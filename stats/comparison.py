@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import rel_entr
-from scipy.stats import t as student
+from scipy.special import rel_entr, stdtr
 
 from moescope.stats.activation import Activation, Measure
 from moescope.stats.layout import padding_mask
@@ -327,7 +326,7 @@ def change_tests(
         difference = second - first
         held = np.where((shares.splits > 1).all(axis=0), shares.splits.min(axis=0), np.nan)[:, None]
         error = np.sqrt(positive(np.square(noise).sum(axis=0) * (held - 1) / held))
-        p_value = 2 * student.sf(np.abs(difference) / error, held - 1)
+        p_value = 2 * stdtr(held - 1, -np.abs(difference) / error)
     else:
         noise = np.concatenate([outlying[:, 0], outlying[:, 1]])
         contrast = contrast_of_two(shares)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import xlogy
-from scipy.stats import t as student
+from scipy.special import stdtrit, xlogy
 
 from moescope.stats.layout import check_ascending, padding_mask
 from moescope.stats.multiplicity import holm
@@ -199,7 +198,7 @@ def mutual_information(
     without = np.stack([_information(total - np.where(outside, 0, split)) for split in used])
     chance = (count - 1) * (without.mean(axis=0) - observed)
     error = np.sqrt((count - 1) / count * np.square(without - without.mean(axis=0)).sum(axis=0))
-    reach = student.ppf((1 + level) / 2, count - 1) * error
+    reach = stdtrit(count - 1, (1 + level) / 2) * error
     corrected = observed - chance
     return MutualInformation(observed, chance, corrected, corrected - reach, corrected + reach)
 

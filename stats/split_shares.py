@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 from moescope.stats.layout import padding_mask
 
@@ -165,7 +165,7 @@ def _contrast(one: _Side, two: _Side, level: float) -> Contrast:
     used = (p > 0) & (q > 0)
     safe_p, safe_q = np.where(used, p, np.nan), np.where(used, q, np.nan)
     log_ratio = np.log(safe_p / safe_q)
-    reach = student.ppf((1 + level) / 2, degrees) * np.sqrt(p_variance / safe_p**2 + q_variance / safe_q**2)
+    reach = stdtrit(degrees, (1 + level) / 2) * np.sqrt(p_variance / safe_p**2 + q_variance / safe_q**2)
     with np.errstate(divide="ignore", invalid="ignore"):  # infinite and NaN are the answers
         ratio = p / q
     return Contrast(
@@ -173,7 +173,7 @@ def _contrast(one: _Side, two: _Side, level: float) -> Contrast:
         ratio=ratio,
         low=np.exp(log_ratio - reach),
         high=np.exp(np.minimum(log_ratio + reach, LARGEST)),
-        p_value=2 * student.sf(np.abs(p - q) / np.sqrt(positive(p_variance + q_variance)), degrees),
+        p_value=2 * stdtr(degrees, -np.abs(p - q) / np.sqrt(positive(p_variance + q_variance))),
     )
 
 
