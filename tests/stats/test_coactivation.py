@@ -148,6 +148,11 @@ def test_padding_dead_layers_and_single_choices() -> None:
     assert not found.expected[1][~np.eye(8, dtype=bool)].any()
     assert np.isnan(found.expected[2]).all()
     assert np.isnan(found.modularity).tolist() == [False, True, True]
+    one = np.outer([1, 0, 1, 0], [1, 0, 1, 0]).astype(np.int64)
+    once = coactivation(one[None], (2,), 1, (4,), (0,))
+    np.testing.assert_array_equal(once.expected[0], one)
+    assert (once.modularity[0], once.clusters.max()) == (0, -1)
+    assert np.isnan(coactivation(np.ones((1, 1, 1), np.int64), (1,), 1, (1,), (0,)).excess).all()
     nothing = coactivation(np.zeros((1, 4, 4), np.int64), (2,), 0, (4,), (0,))
     assert np.isnan(nothing.excess).all()
     assert nothing.strongest() == ()
