@@ -259,7 +259,7 @@ def _coactivation(profile: "RoutingProfile", pairs: NDArray[np.int64]) -> Table:
 
 
 def pruning(profile: "RoutingProfile") -> Table:
-    """One row an expert of a layer, from the one whose loss takes least of the layer's routing weight up.
+    """One row an expert of a layer, in order of the routing weight that it carries, least first.
 
     How often and how heavily an expert is used says what pruning costs at least; what it computes is not in a profile.
 
@@ -305,7 +305,7 @@ def pruning(profile: "RoutingProfile") -> Table:
 
 
 def calibration(profile: "RoutingProfile", minimum: int) -> Table:
-    """One row an expert that fewer than `minimum` tokens reached, from the one that saw fewest up.
+    """One row an expert that fewer than `minimum` tokens reached, fewest first.
 
     Args:
         profile: A checked profile.
