@@ -887,7 +887,12 @@ def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | 
     from moescope.viz.weight_analysis import analyze_weights
 
     with _console.status("Matching experts …"):
-        return analyze_weights(record, n_jobs or len(os.sched_getaffinity(0)))
+        return analyze_weights(record, n_jobs or _cores())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _comparable(model: str) -> bool:
