@@ -30,6 +30,7 @@ LAYERS: Final = tuple(LayerInfo(i, 128, 8) for i in range(48))
 TOKENS: Final = 1_000_000
 QUICK_TOKENS: Final = 500_000
 STEP: Final = 16_384
+RUN_TOKENS: Final = 20_000
 #: Least reading speed, GB/s, or half the ceiling; most bytes of a token beside its ids.
 GOAL_SPEED: Final = 1.0
 GOAL_BYTES: Final = 16
@@ -151,6 +152,8 @@ def file_rows(tokens: int, repetitions: int) -> tuple[list[Row], list[str]]:
 
 def run_rows(tokens: int, repetitions: int) -> list[Row]:
     """CPU time of runs through transformers with and without a trace, in turns."""
+    import torch
+
     import moescope
 
     host = this_host()
@@ -158,13 +161,14 @@ def run_rows(tokens: int, repetitions: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name, OtherLoad() as load:
         model = Path(name) / "model"
         save_model(model)
+        torch.set_num_threads(1)  # threads that wait for one another take CPU time of their own
         moescope.profile(model, prompts(1000))  # imports, and memory that later runs find warm
         for repetition in range(repetitions):
             for provider, found in sorted(seconds.items(), reverse=bool(repetition % 2)):
                 folder = Path(name) / f"{provider} {repetition}"
                 options = None if provider == "off" else TraceOptions(folder, weights="weights" in provider)
                 found.append(cpu_seconds(partial(moescope.profile, model, prompts(tokens), trace=options)))
-    case = f"{tokens:,} prompt tokens, 12 layers × 64 experts, top-8, small model on the CPU"
+    case = f"{tokens:,} prompt tokens, 12 layers × 64 experts, top-8, small model on one CPU thread"
     rows = [make_row(case, provider, "run", "CPU s", found, load.cores, host) for provider, found in seconds.items()]
     for provider in ("trace", "trace, weights"):
         added = [100 * (on / off - 1) for on, off in zip(seconds[provider], seconds["off"], strict=True)]
@@ -180,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     repetitions = 2 if options.quick else options.repetitions
     rows, goals = file_rows(QUICK_TOKENS if options.quick else TOKENS, repetitions)
-    rows += run_rows(20_000 if options.quick else 100_000, repetitions)
+    rows += run_rows(RUN_TOKENS, repetitions)
     report(rows, options.json)
     print("\n" + "\n".join(goals))
 
