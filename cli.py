@@ -122,6 +122,10 @@ class ExportFormat(StrEnum):
     parquet = "parquet"
     parity = "parity"
     tensorboard = "tensorboard"
+    eplb = "eplb"
+    sglang = "sglang"
+    pruning = "pruning"
+    calibration = "calibration"
 
 
 class TraceFormat(StrEnum):
@@ -612,7 +616,9 @@ def export(
         typer.Option(
             "--format",
             help="json, jsonl, pickle: structured data. csv, parquet: a folder of tables; xlsx: a sheet each. "
-            "parity: analysis_data.json by the earlier tool's definitions. tensorboard: a folder of events.",
+            "parity: analysis_data.json by the earlier tool's definitions. tensorboard: a folder of events. "
+            "eplb, sglang: expert load for load balancers. pruning: experts by use, calibration: experts that saw few "
+            "tokens, both as csv.",
         ),
     ],
     output: Annotated[
@@ -634,6 +640,10 @@ def export(
             "e.g. 2.5 for DeepSeek-V3. [default: 1.0]"
         ),
     ] = None,
+    least_tokens: Annotated[
+        int | None,
+        typer.Option(help="For calibration: list experts that saw fewer tokens than this. [default: 128]"),
+    ] = None,
 ) -> None:
     r"""Write profiles in formats that other tools read.
 
@@ -644,6 +654,8 @@ def export(
       moescope export monday/profile.safetensors tuesday/profile.safetensors --format csv -o tables
       moescope export results/profile.safetensors --format parity --routed-scaling-factor 2.5 -o analysis_data.json
       moescope export results/profile.safetensors --format tensorboard -o runs/profile
+      moescope export results/profile.safetensors --format sglang -o expert_load.json
+      moescope export results/profile.safetensors --format calibration --least-tokens 512 -o uncovered.csv
     """
     from moescope.profiler.files import load_profile
     from moescope.profiler.profile import merge as merge_profiles
@@ -656,6 +668,8 @@ def export(
     intervals = _intervals(periodic_intervals)
     if export_format is ExportFormat.xlsx and output.suffix.lower() != ".xlsx":
         raise OptionError(f"--output {output}: Excel opens files whose name ends in .xlsx; write -o {output}.xlsx")
+    if export_format is ExportFormat.sglang and output.suffix != ".json":
+        raise OptionError(f"--output {output}: SGLang reads a file whose name ends in .json; write -o {output}.json")
     try:
         check_target(output, export_format.value, force=force)
         loaded = merge_profiles(load_profile(path) for path in profiles)
@@ -671,6 +685,7 @@ def export(
                 routed_scaling_factor=routed_scaling_factor,
                 routers=_beside(load_routers, profiles, loaded),
                 weights=_weights_beside(profiles, loaded) if export_format.value in SUFFIXES else None,
+                least_tokens=least_tokens,
             )
     except ExportError as error:
         raise OutputError(str(error)) from error
@@ -872,7 +887,12 @@ def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | 
     from moescope.viz.weight_analysis import analyze_weights
 
     with _console.status("Matching experts …"):
-        return analyze_weights(record, n_jobs or len(os.sched_getaffinity(0)))
+        return analyze_weights(record, n_jobs or _cores())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _comparable(model: str) -> bool:

@@ -447,7 +447,8 @@ class _Reader:
                 layers.setdefault(int(match[1]), []).append(name)
         seen = layers[min(layers)] if layers else list(self._shards.names)
         kind = shown(self._kind) or "without model_type"
-        return ModelError(f"{self._model} ({kind}) {what}; it has tensors like {_sample(seen)}")
+        dense = "" if layers else "; none is of a router or of experts, as in a dense model"
+        return ModelError(f"{self._model} ({kind}) {what}; it has tensors like {_sample(seen)}{dense}")
 
     def _number(self, *fields: str) -> int:
         """A positive whole number of the config, from the first of `fields` that is there."""

@@ -8,6 +8,7 @@ say so, since other processes take wall time. Tracing is compared with the same 
 """
 
 import argparse
+import contextlib
 import os
 import tempfile
 import time
@@ -15,10 +16,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import numpy as np
 
+from moescope.adapters.transformers_hooks import overridden
+from moescope.adapters.transformers_trace import BatchTrace
 from moescope.benchmarks.memory import Sampler, anonymous_memory, prompts, save_model
 from moescope.benchmarks.rows import OtherLoad, Row, add_options, make_row, report, this_host
 from moescope.profiler.profile import EngineInfo, LayerInfo, ModelInfo, RunInfo
@@ -30,6 +34,8 @@ LAYERS: Final = tuple(LayerInfo(i, 128, 8) for i in range(48))
 TOKENS: Final = 1_000_000
 QUICK_TOKENS: Final = 500_000
 STEP: Final = 16_384
+#: Prompt tokens and tokens to generate of the runs through transformers.
+RUNS: Final = ((20_000, 0), (2_000, 16))
 #: Least reading speed, GB/s, or half the ceiling; most bytes of a token beside its ids.
 GOAL_SPEED: Final = 1.0
 GOAL_BYTES: Final = 16
@@ -149,26 +155,72 @@ def file_rows(tokens: int, repetitions: int) -> tuple[list[Row], list[str]]:
     return rows, goals
 
 
-def run_rows(tokens: int, repetitions: int) -> list[Row]:
-    """CPU time of runs through transformers with and without a trace, in turns."""
+class InTracing:
+    """CPU seconds that pass inside tracing, in all threads, while a `with` block runs."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for owner, name in (
+            (BatchTrace, "__init__"),
+            (BatchTrace, "select"),
+            (BatchTrace, "append"),
+            (TraceWriter, "_handle"),  # of the writing thread
+        ):
+            self._stack.enter_context(overridden(owner, name, self._timed(getattr(owner, name))))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds += time.thread_time() - start
+
+        return timed
+
+
+def run_rows(repetitions: int) -> list[Row]:
+    """CPU time of runs through transformers with and without a trace, in turns, and the part that tracing takes."""
+    import torch
+
     import moescope
 
     host = this_host()
-    seconds: dict[str, list[float]] = {"off": [], "trace": [], "trace, weights": []}
-    with tempfile.TemporaryDirectory() as name, OtherLoad() as load:
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "model"
         save_model(model)
+        torch.set_num_threads(1)  # threads that wait for one another take CPU time of their own
         moescope.profile(model, prompts(1000))  # imports, and memory that later runs find warm
-        for repetition in range(repetitions):
-            for provider, found in sorted(seconds.items(), reverse=bool(repetition % 2)):
-                folder = Path(name) / f"{provider} {repetition}"
-                options = None if provider == "off" else TraceOptions(folder, weights="weights" in provider)
-                found.append(cpu_seconds(partial(moescope.profile, model, prompts(tokens), trace=options)))
-    case = f"{tokens:,} prompt tokens, 12 layers × 64 experts, top-8, small model on the CPU"
-    rows = [make_row(case, provider, "run", "CPU s", found, load.cores, host) for provider, found in seconds.items()]
-    for provider in ("trace", "trace, weights"):
-        added = [100 * (on / off - 1) for on, off in zip(seconds[provider], seconds["off"], strict=True)]
-        rows.append(make_row(case, provider, "added by tracing", "%", added, load.cores, host))
+        for tokens, new in RUNS:
+            seconds: dict[str, list[float]] = {"off": [], "trace": [], "trace, weights": []}
+            shares: dict[str, list[float]] = {"trace": [], "trace, weights": []}
+            with OtherLoad() as load:
+                for repetition in range(repetitions):
+                    for provider, found in sorted(seconds.items(), reverse=bool(repetition % 2)):
+                        folder = Path(name) / f"{provider} {tokens} {repetition}"
+                        options = None if provider == "off" else TraceOptions(folder, weights="weights" in provider)
+                        work = partial(moescope.profile, model, prompts(tokens), max_tokens=new, trace=options)
+                        with InTracing() as inside:
+                            found.append(cpu_seconds(work))
+                        if options is not None:
+                            shares[provider].append(100 * inside.seconds / found[-1])
+            case = (
+                f"{tokens:,} prompt tokens, {new} generated a prompt at most, 12 layers × 64 experts, top-8, one thread"
+            )
+            for provider, found in seconds.items():
+                rows.append(make_row(case, provider, "run", "CPU s", found, load.cores, host))
+            for provider, found in shares.items():
+                rows.append(make_row(case, provider, "CPU time inside tracing", "%", found, load.cores, host))
     return rows
 
 
@@ -180,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     repetitions = 2 if options.quick else options.repetitions
     rows, goals = file_rows(QUICK_TOKENS if options.quick else TOKENS, repetitions)
-    rows += run_rows(20_000 if options.quick else 100_000, repetitions)
+    rows += run_rows(repetitions)
     report(rows, options.json)
     print("\n" + "\n".join(goals))
 

@@ -15,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moescope.profiler.errors import OutputError, ProfileError
-from moescope.profiler.files import WEIGHTS_NAME, write_tensors
+from moescope.profiler.files import WEIGHTS_KEY, WEIGHTS_NAME, write_tensors
 from moescope.profiler.profile import ModelInfo
 from moescope.profiler.weight_features import PROBES
 from moescope.profiler.weight_pass import match_sides
 
-_KEY: Final = "moescope_weights"
 _PARTIAL_KEY: Final = "moescope_weights_partial"
 _FORMAT: Final = 1
 _LARGEST_HEADER: Final = 1 << 24
@@ -120,7 +119,7 @@ def save_weights(record: WeightRecord, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     arrays = {name: getattr(record, name) for name in _expected(record.run)}
-    write_tensors(arrays, path, {_KEY: json.dumps({"format": _FORMAT, **asdict(record.run)})})
+    write_tensors(arrays, path, {WEIGHTS_KEY: json.dumps({"format": _FORMAT, **asdict(record.run)})})
 
 
 def load_weights(path: Path) -> WeightRecord:
@@ -131,7 +130,7 @@ def load_weights(path: Path) -> WeightRecord:
     """
     if not path.is_file():
         raise ProfileError(f"No such file: {path}")
-    about, arrays = _read(path, _KEY)
+    about, arrays = _read(path, WEIGHTS_KEY)
     if about is None:
         raise ProfileError(f"{path} holds no weights that `moescope weights` has summed")
     if about.pop("format", None) != _FORMAT:
@@ -148,7 +147,7 @@ def holds_weights(path: Path) -> bool:
     """Whether a file is one that `save_weights` wrote; a file that cannot be read is none."""
     try:
         with safe_open(path, framework="numpy") as reader:
-            return _KEY in (reader.metadata() or {})
+            return WEIGHTS_KEY in (reader.metadata() or {})
     except (SafetensorError, OSError):
         return False
 

@@ -30,7 +30,8 @@ def analyze_weights(record: "WeightRecord", n_jobs: int = 1) -> WeightSimilarity
 
     Args:
         record: Sums of a pass over one checkpoint, or over one against another.
-        n_jobs: Pairs of layers that are matched at a time, each in a process.
+        n_jobs: Pairs of layers that are matched at a time. More than one are matched in processes of their own, which
+            start as those of `multiprocessing` do: a script then needs its `if __name__ == "__main__":`.
     """
     return (weight_similarity if record.run.against is None else weight_change)(record, n_jobs)
 

@@ -22,6 +22,7 @@ SHARED = 0.1
 MOST_NAMED = 12
 """Unusable experts named one by one."""
 MOST_DISTANCES = 4
+"""Distances named one by one, those with the highest cosine."""
 
 MEANING: dict[Kind, str] = {
     "same index": "experts keep their index and neurons their order",
@@ -133,8 +134,10 @@ def _same_index(result: WeightSimilarity) -> str:
     measured = [(raw, own) for raw, own in both if raw.num_pairs]
     if not measured:
         return "No two layers at the distances asked for have experts that can be compared."
-    listed = "; ".join(_at_distance(result, raw, own) for raw, own in measured[:MOST_DISTANCES])
-    more = f"; {len(measured) - MOST_DISTANCES} more distances below" if len(measured) > MOST_DISTANCES else ""
+    highest = sorted(measured, key=lambda both: -np.nan_to_num(both[1].mean, nan=both[0].mean))[:MOST_DISTANCES]
+    listed = "; ".join(_at_distance(result, raw, own) for raw, own in measured if (raw, own) in highest)
+    left_out = len(measured) - len(highest)
+    more = f"; lower at the other {left_out} distances" if left_out else ""
     gap = max((raw.mean - own.mean for raw, own in measured if own.num_pairs), default=0.0)
     shared = (
         " The raw cosine may come from a mean that all experts share; the centred one is what counts."

@@ -106,7 +106,7 @@ def expert_layer_heatmap(result: WeightSimilarity, subject: str = "") -> go.Figu
     centred = bool(np.isfinite(similarity.centred).any())
     parts = similarity.part_centred if centred else similarity.part_cosine
     suffix = ", centred" if centred else ""
-    views = {"Raw": similarity.cosine, "Centred": similarity.centred} | {
+    views = {"Centred": similarity.centred, "Raw": similarity.cosine} | {
         f"{name}{suffix}": part for name, part in zip(("Gate", "Up", "Down"), parts, strict=True)
     }
     apart = ~np.eye(len(similarity.layers), dtype=np.bool_)

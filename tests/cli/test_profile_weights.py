@@ -76,6 +76,8 @@ def test_weights_are_reported_by_themselves(cli: Cli, weighed: Path) -> None:
     both = cli("report", weighed / PROFILE_NAME, weighed / WEIGHTS_NAME, "-o", "both")
     assert both.code == 2
     assert "holds weights and no profile; report on it by itself" in both.error
+    other = cli("export", weighed / WEIGHTS_NAME, "--format", "json", "-o", "data.json")
+    assert "holds weights and no profile; `moescope report` and `moescope info` take it" in other.error
     told = cli("info", weighed / WEIGHTS_NAME)
     assert told.code == 0
     assert "MoE layers 3 (0, 2-3)" in told.out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_files import QWEN, per_expert, write
 from command import Cli
+from safetensors.torch import save_file
 
 from moescope.profiler import weight_pass, weight_slabs
 from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME
@@ -168,3 +169,13 @@ def test_damaged_files(cli: Cli, tiny: Path) -> None:
     for file in tiny.glob("*.safetensors*"):
         file.unlink()
     assert "has no weights in safetensors files" in error()
+
+
+def test_a_dense_model_is_named_as_one(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    done = cli("weights", folder)
+    assert done.code == 2
+    assert done.error.endswith("none is of a router or of experts, as in a dense model")
