@@ -885,19 +885,15 @@ def _report_weights(
 
 
 def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | WeightChange":
+    from moescope.profiler.weight_pass import cores
     from moescope.viz.weight_analysis import analyze_weights
 
     try:
         with _console.status("Matching experts …"):
-            return analyze_weights(record, n_jobs or _cores())
+            return analyze_weights(record, n_jobs or cores())
     except KeyboardInterrupt as stop:
         _console.print("Interrupted. weights.safetensors is complete; `moescope report` goes on from it.")
         raise typer.Exit(130) from stop
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _comparable(model: str) -> bool:
