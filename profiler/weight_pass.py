@@ -212,6 +212,7 @@ class _Pass:
                 if keeper is not None and done:
                     keeper.keep(fingerprint, done, self._state())
                 raise
+        threads = "1 thread" if self._n_jobs == 1 else f"{self._n_jobs} threads"
         return PassResult(
             state={name: tensor.cpu() for name, tensor in self._state().items()},
             coordinates=sum(weights_of(block, self._forms[0]) for block in self._blocks),
