@@ -217,9 +217,7 @@ class _Pass:
             state={name: tensor.cpu() for name, tensor in self._state().items()},
             coordinates=sum(weights_of(block, self._forms[0]) for block in self._blocks),
             bytes_read=sum(sizes),
-            engine=f"cpu, {self._n_jobs} thread{'s' * (self._n_jobs > 1)}"
-            if self._device.type == "cpu"
-            else str(self._device),
+            engine=f"cpu, {threads}" if self._device.type == "cpu" else str(self._device),
             seconds=time.monotonic() - started,
         )
 
