@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from moescope.adapters.vllm_ledger import Ledger
-from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, Settings
+from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRACE_KEY, Settings
 from moescope.adapters.vllm_worker import WorkerRecorder, _Table
 from moescope.profiler.profile import LayerInfo
 from moescope.profiler.staged import StagedRecorder
@@ -164,7 +164,10 @@ class _Simulation:
             prompt_token_ids=list(range(request.prompt)),
             prompt_embeds=None,
             num_computed_tokens=request.num_computed_tokens,
-            sampling_params=Space(extra_args={DOMAIN_KEY: number % 2, SPLIT_KEY: number % 16}),
+            sampling_params=Space(
+                extra_args={DOMAIN_KEY: number % 2, SPLIT_KEY: number % 16}
+                | ({TRACE_KEY: number} if number % 3 else {})  # two requests in three
+            ),
         )
 
     def _execute(self, output: Any, work: list[Any]) -> None:
@@ -172,7 +175,11 @@ class _Simulation:
         if self.rng.random() < 0.2:
             self.places = self.rng.permutation(12).tolist()
         order = sorted(work, key=lambda item: self.places[int(item[0].request_id)])
-        self.worker._runner = Space(input_batch=Space(req_ids=[request.request_id for request, *_ in order]))
+        tokens = [_token(request.request_id, start + i) for request, start, count, _ in order for i in range(count)]
+        self.worker._runner = Space(
+            input_batch=Space(req_ids=[request.request_id for request, *_ in order]),
+            input_ids=Space(gpu=torch.tensor(tokens + [-7] * 3, dtype=torch.int32)),
+        )
         self.worker.before(output)
         recorder = self.worker.recorder
         row = 0
@@ -220,6 +227,23 @@ class _Simulation:
                 self.expected[number % 2, phase, number % 16, layer, ids] += 1
 
 
+class _Sender:
+    """Keeps what is sent: experts and token by request and position."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], tuple[list[list[int]], int, int]] = {}
+
+    def send(self, requests: Any, positions: Any, cells: Any, tokens: Any, ids: Any, weights: Any) -> None:
+        assert (weights == 1 / K).all()
+        for row, (request, position) in enumerate(zip(requests.tolist(), positions.tolist(), strict=True)):
+            assert (request, position) not in self.rows
+            self.rows[request, position] = (ids[:, row].tolist(), int(tokens[row]), int(cells[row]))
+
+
+def _token(request_id: str, position: int) -> int:
+    return 100 * int(request_id) + position
+
+
 def _worker(rows: int) -> WorkerRecorder:
     worker = object.__new__(WorkerRecorder)  # its constructor wants a real engine
     layers = [LayerInfo(index, EXPERTS, K) for index in range(LAYERS)]
@@ -233,7 +257,7 @@ def _worker(rows: int) -> WorkerRecorder:
     worker._placed, worker._upcoming = None, np.zeros(0, np.int64)
     worker._steady = None
     worker._armed = worker._on = True
-    worker._shown = None
+    worker._shown, worker._trace = None, None
     worker._error, worker._verified = None, {}
     worker._requests = worker._skipped = worker._counted = 0
     worker._lock = threading.Lock()
@@ -253,6 +277,29 @@ def test_every_routed_token_counts_once(seed: int, depth: int, drafts: int, as_n
     np.testing.assert_array_equal(sums.cells, simulation.expected)
     assert simulation.worker._requests == 12
     assert not simulation.worker._table.slot_of
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("depth", "drafts", "as_new"), [(1, 0, False), (2, 0, True), (1, 3, False)])
+def test_every_row_of_a_traced_request_is_sent_once(seed: int, depth: int, drafts: int, as_new: bool) -> None:
+    simulation = _Simulation(seed, depth=depth, drafts=drafts, as_new=as_new)
+    sender = _Sender()
+    simulation.worker._trace = sender  # type: ignore[assignment]
+    simulation.run()
+    counted = simulation.worker.recorder.drain()  # type: ignore[union-attr]
+    np.testing.assert_array_equal(counted.cells, simulation.expected)
+    traced = np.zeros_like(simulation.expected)
+    for (number, position), (ids, token, cell) in sender.rows.items():
+        assert number % 3
+        assert token == _token(str(number), position)
+        assert ids == _chosen(str(number), position).tolist()
+        for layer, chosen in enumerate(ids):
+            traced[cell // 32, cell // 16 % 2, cell % 16, layer, chosen] += 1
+    of_traced = np.array([number % 3 > 0 for number in range(12)])
+    for number in range(12):  # twelve requests have twelve splits: each has cells of its own
+        part = np.s_[number % 2, :, number]
+        expected = simulation.expected[part] if of_traced[number] else 0
+        np.testing.assert_array_equal(traced[part], expected)
 
 
 def test_steps_of_a_steady_batch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
