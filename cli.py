@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import platform
 import re
 import sys
 import time
@@ -126,6 +127,15 @@ Intervals = Annotated[
     ),
 ]
 DeltaMax = Annotated[int, typer.Option(min=1, max=10_000, help="Largest layer distance Δ of the correlation matrix.")]
+Permutations = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=1_000_000,
+        help="Random orders of the experts, and simulations, that correlation and periods are held against; 0 leaves "
+        "that out. [default: 1,000 to 10,000, fewer for larger models]",
+    ),
+]
 Measure = Annotated[MeasureName, typer.Option(help="What correlation and periodic patterns rest on.")]
 OutputDir = Annotated[
     Path | None,
@@ -243,6 +253,7 @@ def profile(
     measure: Measure = MeasureName.frequency,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
+    permutations: Permutations = None,
     disable_structured_output: NoStructured = False,
     output_format: StructuredFormat = OutputFormat.json,
     trust_remote_code: Annotated[
@@ -418,6 +429,7 @@ def profile(
             weights=weights,
             sample=sample,
             correlate=analyze_correlation,
+            permutations=permutations,
         )
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
@@ -453,6 +465,7 @@ def report(
     measure: Measure = MeasureName.frequency,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
+    permutations: Permutations = None,
     disable_structured_output: NoStructured = False,
     output_format: StructuredFormat = OutputFormat.json,
 ) -> None:
@@ -462,6 +475,8 @@ def report(
     Example:
       moescope report results/profile.safetensors --measure probability -o report
     """
+    _one_thread_a_product()
+
     from moescope.profiler.files import OutputFolder, load_profile
     from moescope.profiler.profile import merge as merge_profiles
     from moescope.profiler.sidecars import load_routers, load_sample
@@ -472,7 +487,17 @@ def report(
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force):
         structured = None if disable_structured_output else output_format
-        _report(loaded, path, measure, intervals, delta_max, structured, routers=routers, sample=sample)
+        _report(
+            loaded,
+            path,
+            measure,
+            intervals,
+            delta_max,
+            structured,
+            routers=routers,
+            sample=sample,
+            permutations=permutations,
+        )
     typer.echo(f"Wrote the report in {path}")
 
 
@@ -527,6 +552,7 @@ def export(
     ] = None,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
+    permutations: Permutations = None,
     routed_scaling_factor: Annotated[
         float | None,
         typer.Option(
@@ -545,6 +571,8 @@ def export(
       moescope export results/profile.safetensors --format parity --routed-scaling-factor 2.5 -o analysis_data.json
       moescope export results/profile.safetensors --format tensorboard -o runs/profile
     """
+    _one_thread_a_product()
+
     from moescope.profiler.files import load_profile
     from moescope.profiler.profile import merge as merge_profiles
     from moescope.profiler.sidecars import load_routers
@@ -567,6 +595,7 @@ def export(
                 measure=None if measure is None else measure.value,
                 intervals=intervals,
                 delta_max=delta_max,
+                permutations=permutations,
                 routed_scaling_factor=routed_scaling_factor,
                 routers=_beside(load_routers, profiles, loaded),
             )
@@ -701,9 +730,7 @@ def weights(
       moescope weights ./checkpoint --delta 12,24 --match-pairs 0
       moescope weights ./tuned --against ./base
     """
-    # The pass and the nulls have threads and processes of their own; those of numpy's library would only wait.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _one_thread_a_product()
 
     from moescope.adapters.checkpoints import open_checkpoint
     from moescope.adapters.weight_reader import WeightReader
@@ -818,6 +845,7 @@ def _report(
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
     correlate: bool = True,
+    permutations: int | None = None,
 ) -> "ReportData":
     from moescope.viz.analysis import analyze
     from moescope.viz.report import write_report
@@ -832,6 +860,7 @@ def _report(
             router_weights=weights,
             routers=routers,
             sample=sample,
+            permutations=permutations,
         )
     except ValueError as error:
         raise OptionError(f"--measure {measure.value}: {error}") from error
@@ -866,7 +895,8 @@ def _tables(similarity: "RouterSimilarity", fingerprint: str | None) -> "RouterT
 
 
 def _print_findings(data: "ReportData") -> None:
-    from moescope.viz.findings import short_run
+    from moescope.viz.certainty import period_finding, standing
+    from moescope.viz.findings import caution
 
     spread = ", ".join(f"{name} {count:,}" for name, count in data.tokens_by_phase.items())
     typer.echo(f"{data.tokens:,} tokens ({spread}); selections are k·T in every one of {len(data.layers)} layers")
@@ -875,12 +905,15 @@ def _print_findings(data: "ReportData") -> None:
     for pattern in data.periodic.patterns:
         if pattern.num_pairs:
             pairs = "pair" if pattern.num_pairs == 1 else "pairs"
-            found = f"mean r = {pattern.mean:+.2f} over {pattern.num_pairs} {pairs} of layers ({pattern.strength})"
+            called = standing(pattern, data.nulls)
+            found = f"mean r = {pattern.mean:+.2f} over {pattern.num_pairs} {pairs} of layers ({called})"
         else:
             found = "not measurable: no two layers that can be compared lie so far apart"
         typer.echo(f"  Δ = {pattern.delta:<3} {found}")
-    if data.tokens and short_run(data):
-        typer.echo(short_run(data))
+    if data.period is not None:
+        typer.echo(period_finding(data.period))
+    if data.tokens and caution(data):
+        typer.echo(caution(data))
 
 
 def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
@@ -991,11 +1024,23 @@ def _new_folder(kind: str = "moescope") -> Path:
     return Path(f"{kind}_{datetime.now():%Y%m%d_%H%M%S}")
 
 
+def _one_thread_a_product() -> None:
+    """Before numpy is loaded: its library multiplies with one thread.
+
+    Nulls multiply many small matrices, for which threads that wait for each other take several times longer than one;
+    a pass over weights has threads and processes of its own.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _prepare_engine() -> None:
     """Before torch is loaded: keep the engine's own progress bars and hints out of the output, and its threads polite.
 
     OpenMP threads that spin while they wait make small models many times slower where another program wants the cores.
     """
+    if platform.machine() in ("x86_64", "AMD64"):  # elsewhere torch multiplies with that library too
+        _one_thread_a_product()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

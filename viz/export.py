@@ -21,7 +21,7 @@ from moescope.viz.errors import ExportError, require
 from moescope.viz.events import SUFFIX, write_events
 from moescope.viz.parity import parity_data
 from moescope.viz.report_data import ReportData
-from moescope.viz.structured import StructuredFormat, analysis_data, encode
+from moescope.viz.structured import SUFFIXES, StructuredFormat, analysis_data, encode
 from moescope.viz.tables import NAMES, Table, metadata, tables
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
@@ -66,6 +66,7 @@ def export(
     measure: Measure | None = None,
     intervals: Sequence[int] | None = None,
     delta_max: int = 30,
+    permutations: int | None = None,
     routed_scaling_factor: float | None = None,
     routers: "RouterTables | None" = None,
 ) -> Exported:
@@ -82,6 +83,7 @@ def export(
         measure: What correlation and periodic patterns rest on; None is the selection frequency.
         intervals: Distances Δ of the periodic patterns; None takes the defaults.
         delta_max: Largest Δ of the correlation matrix.
+        permutations: See `analyze`; for the structured data alone.
         routed_scaling_factor: See `parity_data`; for that format alone.
         routers: Router weights that were compared, for the structured data; see `moescope.profiler.sidecars`.
 
@@ -96,6 +98,9 @@ def export(
         raise ExportError(f"--routed-scaling-factor belongs to --format parity, not to {export_format}")
     if measure is not None and export_format == "parity":
         raise ExportError("--measure does not apply to --format parity, whose measure is the earlier tool's")
+    structured = export_format in SUFFIXES
+    if permutations is not None and not structured:
+        raise ExportError(f"--permutations belongs to --format json, jsonl and pickle, not to {export_format}")
     check_target(path, export_format, force=force)
 
     if export_format == "parity":
@@ -111,7 +116,12 @@ def export(
         return Exported(path)
     try:
         report = analyze(
-            profile, measure=measure or "frequency", intervals=intervals, delta_max=delta_max, routers=routers
+            profile,
+            measure=measure or "frequency",
+            intervals=intervals,
+            delta_max=delta_max,
+            routers=routers,
+            permutations=permutations if structured else 0,
         )
     except ValueError as error:
         raise ExportError(f"--measure {measure}: {error}") from error

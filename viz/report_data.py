@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 from moescope.stats.activation import Activation, LayerLoad, Measure
 from moescope.stats.correlation import LayerCorrelation
+from moescope.stats.nulls import LayerNulls
+from moescope.stats.period_finder import PeriodFinding
 from moescope.stats.periodicity import PeriodicPatterns
+from moescope.stats.reliability import Reliability
 from moescope.stats.similarity import RouterSimilarity
 from moescope.stats.weight_similarity import WeightSimilarity
 
@@ -57,6 +60,9 @@ class ReportData:
         domains: each domain by itself; empty where there is but one.
         sample: the router's distributions for some tokens of one prompt, or None.
         weights: what the experts' weights say, or None where they were not read.
+        reliability: how far another run would give the same selection frequencies, or None where it was not computed.
+        nulls: layer correlation held against chance, or None where that was left out.
+        period: what a scan of all periods found, or None where that was left out.
     """
 
     model_id: str
@@ -78,6 +84,9 @@ class ReportData:
     domains: tuple[DomainView, ...] = ()
     sample: "TokenSample | None" = None
     weights: WeightSimilarity | None = None
+    reliability: Reliability | None = None
+    nulls: LayerNulls | None = None
+    period: PeriodFinding | None = None
 
     @property
     def measure(self) -> Measure:
