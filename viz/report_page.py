@@ -10,6 +10,7 @@ import plotly.io as pio
 
 from moescope.viz import theme
 from moescope.viz.activation import NAMES, colour_end
+from moescope.viz.chance import corrected_heatmap, distance_against_chance, period_scan, reliability_by_layer
 from moescope.viz.correlation import correlation_heatmap
 from moescope.viz.findings import findings
 from moescope.viz.load import load_by_layer
@@ -125,6 +126,7 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
             340,
         ),
         *(_correlation_sections(report, figures, tall) if report.correlated else ()),
+        *_reliability_sections(report, tall),
         Section(
             "routers",
             "Router similarity",
@@ -171,11 +173,13 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             variants=_differences(report, correlation, lambda view: correlation_heatmap(view.correlation)),
             page="layer_correlation_matrix.html",
         ),
+        *_chance_sections(report),
         Section(
             "periods",
             "Periodic patterns",
             "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
-            "pairs share layers, so the bar is a spread, not a confidence interval.",
+            "pairs share layers, so the line is a spread, not a confidence interval; the grey band is 95% of what "
+            "experts in random order give.",
             bars,
             variants=_differences(report, bars, lambda view: periodic_bars(view.periodic)),
             page="periodic_pattern_analysis.html",
@@ -189,6 +193,63 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             page="periodic_pattern_analysis_detailed.html",
         ),
     ]
+
+
+def _chance_sections(report: ReportData) -> list[Section]:
+    sections = []
+    if report.nulls is not None:
+        sections.append(
+            Section(
+                "chance",
+                "Correlation against chance",
+                "Mean correlation at each distance, with its 95% interval over parts of the prompts. In the band lie "
+                f"95% of {report.nulls.free.permutations:,} random orders of the experts; only what is above the "
+                "dashed line (a full mark) is more than the largest of as many looks would be by chance. Near layers "
+                "that are alike rise above it too: that alone is no period.",
+                distance_against_chance(report.nulls),
+            )
+        )
+    if report.period is not None:
+        sections.append(
+            Section(
+                "scan",
+                "Search for a period",
+                "For each period: whether layers at its multiples correlate more than layers one nearer or further "
+                "apart. A period counts (a full mark) where it is above both dashed lines, that of experts in random "
+                "order and that of alignment that only fades with distance. Multiples of a period rise with it.",
+                period_scan(report.period),
+            )
+        )
+    return sections
+
+
+def _reliability_sections(report: ReportData, tall: int) -> list[Section]:
+    found = report.reliability
+    if found is None:
+        return []
+    sections = [
+        Section(
+            "reliability",
+            "Reliability by layer",
+            "How a layer's selection frequencies would correlate with those of another run of this size on other "
+            f"prompts of the same kind, ± 95% over parts of the prompts. At {found.target:.1f} (dashed) a correlation "
+            "of two such layers is weakened by a tenth; an open mark is not shown to be above 0.",
+            reliability_by_layer(found),
+            380,
+        )
+    ]
+    if report.correlated:
+        sections.append(
+            Section(
+                "corrected",
+                "Layer correlation without sampling noise",
+                "The correlation that endless prompts would show, by the correction for attenuation. Grey cells lie "
+                "past the end of the model, or a layer's reliability is not shown to be above 0.",
+                corrected_heatmap(found, report.correlation.deltas[-1]),
+                tall,
+            )
+        )
+    return sections
 
 
 def _layer_figure(name: str) -> go.Figure:
