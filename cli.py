@@ -7,8 +7,9 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
+    from moescope.profiler.weight_files import WeightRecord
     from moescope.profiler.weight_pass import PassProgress
     from moescope.stats.similarity import RouterSimilarity
     from moescope.stats.weight_similarity import WeightChange, WeightSimilarity
@@ -37,6 +39,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+traces = typer.Typer(
+    help="Look into, check and export traces: the experts of every token, as `profile --trace` records them.",
+    rich_markup_mode=None,
+)
+app.add_typer(traces, name="trace")
 _console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 _MOST = 2**31 - 1
 Found = TypeVar("Found")
@@ -116,6 +123,24 @@ class ExportFormat(StrEnum):
     parquet = "parquet"
     parity = "parity"
     tensorboard = "tensorboard"
+    eplb = "eplb"
+    sglang = "sglang"
+    pruning = "pruning"
+    calibration = "calibration"
+
+
+class TraceFormat(StrEnum):
+    """Formats of `trace export`."""
+
+    parquet = "parquet"
+    csv = "csv"
+
+
+class WhenSlow(StrEnum):
+    """What a trace does when the disk is too slow."""
+
+    wait = "wait"
+    sample = "sample"
 
 
 Intervals = Annotated[
@@ -142,6 +167,9 @@ OutputDir = Annotated[
     typer.Option("--output-dir", "-o", help="Folder for the results; by default a new one named by the time."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that exists and is not empty.")]
+Jobs = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Threads of a pass over weights; by default all cores.")
+]
 NoStructured = Annotated[
     bool, typer.Option("--disable-structured-output", help="Leave out analysis_data and analysis_summary.")
 ]
@@ -271,6 +299,14 @@ def profile(
     analyze_weights: Annotated[
         bool, typer.Option(help="Router similarity, or leave the router weights unread.")
     ] = True,
+    enable_expert_similarity: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-similarity",
+            help="Compare the experts' weights, too, when the prompts are done: one pass over the checkpoint's files.",
+        ),
+    ] = False,
+    n_jobs: Jobs = None,
     engine_arg: Annotated[
         list[str] | None,
         typer.Option("--engine-arg", help="NAME=VALUE, any argument of vllm.LLM; may be given several times."),
@@ -284,6 +320,25 @@ def profile(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Generate --max-tokens for every prompt, past its end (vllm).")
     ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Also record the experts of every token, into this folder; auto: trace in --output-dir."
+        ),
+    ] = None,
+    trace_sample: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the requests to trace; whole ones, drawn by the seed.")
+    ] = 1.0,
+    trace_weights: Annotated[bool, typer.Option("--trace-weights", help="Trace routing weights too.")] = False,
+    trace_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest trace, e.g. 10GB; further requests are left out.")
+    ] = None,
+    trace_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Host memory that tokens on their way to the disk may take.")
+    ] = "512MB",
+    trace_when_slow: Annotated[
+        WhenSlow, typer.Option(help="If the disk is too slow: wait for it, or sample, which leaves out whole requests.")
+    ] = WhenSlow.wait,
     cache_dir: Annotated[
         Path | None,
         typer.Option(help="Folder of caches: load an FP8 checkpoint as `moescope cache` converted it (CPU)."),
@@ -306,6 +361,7 @@ def profile(
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
       moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
+      moescope profile prompts.jsonl -m ./checkpoint --trace auto --trace-sample 0.01 --trace-limit 10GB
       moescope profile prompts.jsonl -m MiniMaxAI/MiniMax-M2 --device cpu --cache-dir caches --dump-cache
     """
     intervals = _intervals(periodic_intervals)
@@ -323,6 +379,17 @@ def profile(
         raise OptionError(f"--dump-{'only' if dump_only else 'cache'} needs --cache-dir, the folder of caches")
     if dump_only and model is None:
         raise OptionError("--dump-only needs --model, the checkpoint to convert")
+    if n_jobs is not None and not enable_expert_similarity:
+        raise OptionError("--n-jobs is for --enable-expert-similarity; recording takes the threads of its engine")
+    if enable_expert_similarity:
+        _one_thread_a_product()
+    for option, given in (
+        ("--trace-sample", trace_sample != 1.0),
+        ("--trace-weights", trace_weights),
+        ("--trace-limit", trace_limit),
+    ):
+        if given and trace is None:
+            raise OptionError(f"{option} needs --trace, the folder to write to")
     _prepare_engine()
 
     from moescope.adapters.session import check_cacheable, open_engine, parse_engine_args, profile_prompts
@@ -332,6 +399,7 @@ def profile(
     from moescope.profiler.prompts import read_prompts
     from moescope.profiler.run import Interrupted
     from moescope.profiler.sidecars import load_sample, save_routers
+    from moescope.profiler.trace_writer import TraceOptions
 
     if dump_only and model is not None and cache_dir is not None:
         _build_cache(model, cache_dir, _cache_dtypes(dtype)[0], force=False)
@@ -356,6 +424,17 @@ def profile(
         sources, prompt_field=prompt_field, domain_field=domain_field, limit=limit, left_out=left_out.append
     )
     path = output_dir or _new_folder()
+    tracing = None
+    if trace is not None:
+        tracing = TraceOptions(
+            path / "trace" if trace == "auto" else Path(trace),
+            sample=trace_sample,
+            weights=trace_weights,
+            limit=None if trace_limit is None else _size("--trace-limit", trace_limit),
+            memory=_size("--trace-memory", trace_memory),
+            when_slow=trace_when_slow.value,
+            force=force,
+        )
     with OutputFolder(path, force=force, resume=resume) as folder:
         converted = None if cache_dir is None else _cached(name, cache_dir, dtype, dump=dump_cache)
         if converted is not None:
@@ -384,6 +463,7 @@ def profile(
         )
         if opened.note:
             _console.print(opened.note)
+        comparable = enable_expert_similarity and _comparable(name)
         try:
             with _progress() as (on_tokenized, on_progress):
                 done = profile_prompts(
@@ -396,6 +476,7 @@ def profile(
                     folder=folder,
                     resume=resume,
                     token_sample=token_sample,
+                    trace=tracing,
                     left_out=left_out,
                     on_tokenized=on_tokenized,
                     on_progress=on_progress,
@@ -415,8 +496,9 @@ def profile(
                 f"Left out {len(left_out):,} conversation{'s' * (len(left_out) > 1)} without a turn of the user "
                 f"(first: {left_out[0]})."
             )
-        weights = opened.router_weights() if analyze_weights else None
+        router_weights = opened.router_weights() if analyze_weights else None
         opened.close()
+        del opened  # a pass over weights wants its memory
         structured = None if disable_structured_output else output_format
         sample = load_sample(path, done.model)
         data = _report(
@@ -426,14 +508,18 @@ def profile(
             intervals,
             delta_max,
             structured,
-            weights=weights,
+            router_weights=router_weights,
             sample=sample,
             correlate=analyze_correlation,
             permutations=permutations,
         )
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
-    typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
+        if tracing is not None:
+            typer.echo(f"Wrote the trace {tracing.folder}: {_traced(done.runs[0].settings['trace'])}")
+        typer.echo(f"Wrote {path / PROFILE_NAME} and the report beside it")
+        if comparable:
+            _add_weights(data, name, path, done.model.fingerprint, device, n_jobs, structured)
 
 
 @app.command()
@@ -459,7 +545,10 @@ def cache(
 
 @app.command()
 def report(
-    profiles: Annotated[list[Path], typer.Argument(help="Profile files of one model; several are added up.")],
+    profiles: Annotated[
+        list[Path],
+        typer.Argument(help="Profile files of one model, several are added up; or one weights.safetensors."),
+    ],
     output_dir: OutputDir = None,
     force: Force = False,
     measure: Measure = MeasureName.frequency,
@@ -469,21 +558,34 @@ def report(
     disable_structured_output: NoStructured = False,
     output_format: StructuredFormat = OutputFormat.json,
 ) -> None:
-    r"""Draw the figures and write summary and structured data of profiles.
+    r"""Draw the figures and write summary and structured data of profiles, or of a pass over weights.
 
     \b
-    Example:
+    Examples:
       moescope report results/profile.safetensors --measure probability -o report
+      moescope report weights/weights.safetensors -o pages
     """
     _one_thread_a_product()
 
     from moescope.profiler.files import OutputFolder, load_profile
     from moescope.profiler.profile import merge as merge_profiles
     from moescope.profiler.sidecars import load_routers, load_sample
+    from moescope.profiler.weight_files import holds_weights, load_weights
 
     intervals = _intervals(periodic_intervals)
+    weighed = next((path for path in profiles if holds_weights(path)), None)
+    if weighed is not None:
+        if len(profiles) > 1:
+            raise OptionError(f"{weighed} holds weights and no profile; report on it by itself")
+        record = load_weights(weighed)
+        path = output_dir or _new_folder("moescope_weights")
+        with OutputFolder(path, force=force):
+            _report_weights(record, path, None, structured=not disable_structured_output)
+        typer.echo(f"Wrote the pages in {path}")
+        return
     loaded = merge_profiles(load_profile(path) for path in profiles)
     routers, sample = _beside(load_routers, profiles, loaded), _beside(load_sample, profiles, loaded)
+    weights = _weights_beside(profiles, loaded)
     path = output_dir or _new_folder()
     with OutputFolder(path, force=force):
         structured = None if disable_structured_output else output_format
@@ -496,6 +598,7 @@ def report(
             structured,
             routers=routers,
             sample=sample,
+            weights=weights,
             permutations=permutations,
         )
     typer.echo(f"Wrote the report in {path}")
@@ -537,7 +640,9 @@ def export(
         typer.Option(
             "--format",
             help="json, jsonl, pickle: structured data. csv, parquet: a folder of tables; xlsx: a sheet each. "
-            "parity: analysis_data.json by the earlier tool's definitions. tensorboard: a folder of events.",
+            "parity: analysis_data.json by the earlier tool's definitions. tensorboard: a folder of events. "
+            "eplb, sglang: expert load for load balancers. pruning: experts by use, calibration: experts that saw few "
+            "tokens, both as csv.",
         ),
     ],
     output: Annotated[
@@ -560,6 +665,10 @@ def export(
             "e.g. 2.5 for DeepSeek-V3. [default: 1.0]"
         ),
     ] = None,
+    least_tokens: Annotated[
+        int | None,
+        typer.Option(help="For calibration: list experts that saw fewer tokens than this. [default: 128]"),
+    ] = None,
 ) -> None:
     r"""Write profiles in formats that other tools read.
 
@@ -570,6 +679,8 @@ def export(
       moescope export monday/profile.safetensors tuesday/profile.safetensors --format csv -o tables
       moescope export results/profile.safetensors --format parity --routed-scaling-factor 2.5 -o analysis_data.json
       moescope export results/profile.safetensors --format tensorboard -o runs/profile
+      moescope export results/profile.safetensors --format sglang -o expert_load.json
+      moescope export results/profile.safetensors --format calibration --least-tokens 512 -o uncovered.csv
     """
     _one_thread_a_product()
 
@@ -579,10 +690,13 @@ def export(
     from moescope.viz.errors import ExportError
     from moescope.viz.export import check_target
     from moescope.viz.export import export as write_export
+    from moescope.viz.structured import SUFFIXES
 
     intervals = _intervals(periodic_intervals)
     if export_format is ExportFormat.xlsx and output.suffix.lower() != ".xlsx":
         raise OptionError(f"--output {output}: Excel opens files whose name ends in .xlsx; write -o {output}.xlsx")
+    if export_format is ExportFormat.sglang and output.suffix != ".json":
+        raise OptionError(f"--output {output}: SGLang reads a file whose name ends in .json; write -o {output}.json")
     try:
         check_target(output, export_format.value, force=force)
         loaded = merge_profiles(load_profile(path) for path in profiles)
@@ -598,6 +712,8 @@ def export(
                 permutations=permutations,
                 routed_scaling_factor=routed_scaling_factor,
                 routers=_beside(load_routers, profiles, loaded),
+                weights=_weights_beside(profiles, loaded) if export_format.value in SUFFIXES else None,
+                least_tokens=least_tokens,
             )
     except ExportError as error:
         raise OutputError(str(error)) from error
@@ -608,16 +724,23 @@ def export(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A profile file.")],
+    file: Annotated[Path, typer.Argument(help="A profile file, or a weights.safetensors.")],
 ) -> None:
-    r"""Say what a profile holds, and check that its counts add up.
+    r"""Say what a profile holds, and check that its counts add up; or what a pass over weights has left.
 
     \b
-    Example:
+    Examples:
       moescope info results/profile.safetensors
+      moescope info weights/weights.safetensors
     """
     from moescope.profiler.files import load_profile
+    from moescope.profiler.weight_files import holds_weights, load_weights
 
+    if holds_weights(file):
+        from moescope.viz.weight_analysis import about
+
+        _print_rows(about(load_weights(file).run))
+        return
     found = load_profile(file)
     model = found.model
     layers = model.layer_indices
@@ -634,8 +757,7 @@ def info(
         "holds": ", ".join(found.arrays()),
         "counts": "add up: selections are k·T in every layer, domain and phase",
     }
-    for name, value in rows.items():
-        typer.echo(f"{name:<11}{value}")
+    _print_rows(rows)
 
 
 @app.command()
@@ -704,7 +826,7 @@ def weights(
     sketch: Annotated[
         bool, typer.Option("--sketch", help="Read a sample of the weights: a quick answer that says where to look.")
     ] = False,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores.")] = None,
+    n_jobs: Jobs = None,
     layers: Annotated[str | None, typer.Option(help="Layers to take, e.g. 3-10,20; by default all that route.")] = None,
     delta: Annotated[
         str | None,
@@ -719,6 +841,9 @@ def weights(
     output_dir: OutputDir = None,
     force: Force = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted pass in --output-dir.")] = False,
+    disable_structured_output: Annotated[
+        bool, typer.Option("--disable-structured-output", help="Leave out weights.json.")
+    ] = False,
 ) -> None:
     r"""Say how alike routers and experts of different layers are, from the files alone, without loading the model.
 
@@ -732,43 +857,27 @@ def weights(
     """
     _one_thread_a_product()
 
-    from moescope.adapters.checkpoints import open_checkpoint
-    from moescope.adapters.weight_reader import WeightReader
-    from moescope.profiler.files import OutputFolder
-    from moescope.profiler.weight_files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, PartialWeights, save_weights
-    from moescope.profiler.weights import weigh
-    from moescope.stats.periodicity import default_intervals
-    from moescope.viz.weight_analysis import weight_change, weight_similarity
+    from moescope.adapters.weighing import weigh
+    from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
 
     asked, chosen = _intervals(delta, "--delta"), _layers(layers)
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
-    if against is not None and asked is not None:
-        raise OptionError("--against compares each layer with the same one there; leave --delta out")
     path = output_dir or _new_folder("moescope_weights")
-    with ExitStack() as stack:
-        stack.enter_context(OutputFolder(path, force=force, resume=resume))
-        readers = [
-            stack.enter_context(WeightReader(open_checkpoint(_demo(name)), chosen))
-            for name in (model, against)
-            if name is not None
-        ]
-        source, other = readers[0], readers[1] if against is not None else None
-        apart = {b - a for a in source.layers for b in source.layers if b > a}
-        deltas = asked or tuple(sorted({1, *default_intervals(source.layers)} & apart))
-        partial = PartialWeights(path / PARTIAL_WEIGHTS_NAME, resume=resume)
+    with OutputFolder(path, force=force, resume=resume):
         try:
             with _weight_progress() as on_progress:
                 record = weigh(
-                    source,
-                    deltas,
-                    against=other,
-                    only_deltas=asked is not None,
+                    model,
+                    against=against,
+                    layers=chosen,
+                    deltas=asked,
                     match_pairs=match_pairs,
                     sketch=sketch,
-                    device=_device(device),
+                    device=device,
                     n_jobs=n_jobs,
-                    keeper=partial,
+                    folder=path,
+                    resume=resume,
                     on_progress=on_progress,
                 )
         except KeyboardInterrupt as stop:
@@ -778,18 +887,218 @@ def weights(
                     f"go on with the same command and --resume --output-dir {path}"
                 )
             raise typer.Exit(130) from stop
-        save_weights(record, path / WEIGHTS_NAME)
-        partial.drop()
-        with _console.status("Matching experts …"):
-            jobs = n_jobs or len(os.sched_getaffinity(0))
-            result = (weight_similarity if other is None else weight_change)(record, jobs)
-    _print_weights(result)
-    typer.echo(f"Wrote {path / WEIGHTS_NAME}")
+        result = _report_weights(record, path, n_jobs, structured=not disable_structured_output)
+    typer.echo(f"Wrote {path / WEIGHTS_NAME} and weights.html beside it")
     spoilt = [expert for expert in result.unusable if expert.fault == "non-finite"]
     if spoilt:
         named = ", ".join(f"layer {found.layer} expert {found.expert}" for found in spoilt[:10])
         more = f" and {len(spoilt) - 10} more" if len(spoilt) > 10 else ""
         raise ModelError(f"{model} has weights that are not finite, left out of the results: {named}{more}")
+
+
+def _report_weights(
+    record: "WeightRecord", folder: Path, n_jobs: int | None, *, structured: bool
+) -> "WeightSimilarity | WeightChange":
+    """Compute what the sums say, write it and print it."""
+    from moescope.viz.weights_report import write_weights
+
+    result = _matched(record, n_jobs)
+    try:
+        write_weights(result, folder, structured)
+    except OSError as error:
+        raise OutputError(f"cannot write the pages into {folder}: {error.strerror or error}") from error
+    _print_weights(result)
+    return result
+
+
+def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | WeightChange":
+    from moescope.viz.weight_analysis import analyze_weights
+
+    with _console.status("Matching experts …"):
+        return analyze_weights(record, n_jobs or _cores())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _comparable(model: str) -> bool:
+    """Whether the experts' weights can be read; says why not, before anything is recorded."""
+    from moescope.adapters.weighing import open_weights
+
+    try:
+        with open_weights(model):
+            return True
+    except ModelError as error:
+        _console.print(f"Going on without --enable-expert-similarity: {error}")
+        return False
+
+
+def _add_weights(
+    data: "ReportData",
+    model: str,
+    folder: Path,
+    fingerprint: str | None,
+    device: str,
+    n_jobs: int | None,
+    structured: OutputFormat | None,
+) -> None:
+    """Weigh the model of a report that is written, and write it again with what the experts' weights say."""
+    from moescope.adapters.weighing import weigh
+    from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, PROFILE_NAME, WEIGHTS_NAME
+    from moescope.profiler.weight_files import save_weights
+    from moescope.stats.weight_similarity import WeightSimilarity
+
+    try:
+        with _weight_progress() as on_progress:
+            record = weigh(model, device=device, n_jobs=n_jobs, folder=folder, on_progress=on_progress)
+    except KeyboardInterrupt as stop:
+        kept = "resume" if (folder / PARTIAL_WEIGHTS_NAME).exists() else "force"
+        _console.print(
+            f"Interrupted. Profile and report are complete but for the experts' weights; to add them: "
+            f"moescope weights {model} --{kept} -o {folder}, "
+            f"then moescope report {folder / PROFILE_NAME} --force -o {folder}"
+        )
+        raise typer.Exit(130) from stop
+    if fingerprint is not None:  # of the routers as they were loaded: float16 rounds them otherwise than the files do
+        record = replace(record, run=replace(record.run, fingerprint=fingerprint))
+        save_weights(record, folder / WEIGHTS_NAME)
+    result = _matched(record, n_jobs)
+    if isinstance(result, WeightSimilarity):
+        _write_report(replace(data, weights=result), folder, structured)
+    _print_weights(result)
+    typer.echo(f"Wrote {folder / WEIGHTS_NAME}; the report has it")
+
+
+def _weights_beside(profiles: Sequence[Path], of: "RoutingProfile") -> "WeightSimilarity | None":
+    """What the experts' weights say that lie beside one of the profiles."""
+    from moescope.profiler.weight_files import load_weights_beside
+    from moescope.stats.weight_similarity import WeightSimilarity
+
+    record = _beside(load_weights_beside, profiles, of)
+    result = None if record is None else _matched(record, None)
+    return result if isinstance(result, WeightSimilarity) else None
+
+
+@traces.command("info")
+def trace_info(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")]) -> None:
+    r"""Say what a trace holds, without reading its tokens.
+
+    \b
+    Example:
+      moescope trace info results/trace
+    """
+    from moescope.profiler.trace import Trace
+
+    found = Trace(folder)
+    about, index = found.about, found.index
+    size = sum(shard.bytes for shard in index.shards)
+    model, layers = about.model, about.model.layer_indices
+    ended = {True: "complete", False: "stopped before its end", None: "cut off, or still going on"}[index.complete]
+    rows = {
+        "model": f"{model.id} ({model.architecture})",
+        "MoE layers": f"{len(layers)} ({layers[0]}–{layers[-1]})",
+        "experts": f"{max(model.experts)}, top-{max(model.top_k)}",
+        "run": f"{about.run.created}, {about.run.engine.name} {about.run.engine.version}; {ended}",
+        "requests": _traced({field: getattr(index.last, field) for field in index.last.__slots__}),
+        "tokens": f"{found.tokens:,}"
+        + (f"; {found.unfinished:,} more of a batch that was not finished" if found.unfinished else ""),
+        "domains": f"{len(about.domains)} ({', '.join(about.domains)})",
+        "holds": ", ".join(about.columns),
+        "shards": f"{len(index.shards)}, {size / 1e6:,.1f} MB, {size / max(index.rows, 1):,.1f} bytes a token",
+    }
+    for name, value in rows.items():
+        typer.echo(f"{name:<11}{value}")
+
+
+@traces.command("head")
+def trace_head(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=100_000, help="Tokens to show.")] = 10,
+    request: Annotated[int | None, typer.Option(min=0, max=_MOST, help="Show this request's tokens.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, max=_MOST, help="Show this layer alone.")] = None,
+) -> None:
+    r"""Show the first tokens of a trace, or of a request in it.
+
+    \b
+    Example:
+      moescope trace head results/trace --request 3 --layer 12
+    """
+    from moescope.profiler.profile import PHASES
+    from moescope.profiler.trace import Trace
+
+    found = Trace(folder)
+    layers = found.about.model.layers
+    slots = [slot for slot, info in enumerate(layers) if layer in (None, info.index)]
+    if not slots:
+        raise OptionError(f"--layer {layer}: the MoE layers are {', '.join(str(info.index) for info in layers)}")
+    parts = found.rows(0, count) if request is None else [found.requests([request])]
+    typer.echo("request position    token phase   domain      experts by layer")
+    for rows in parts:
+        for i in range(min(len(rows), count)):
+            chosen = "  ".join(
+                f"{layers[s].index}: {' '.join(map(str, rows.experts[i, s, : layers[s].top_k]))}" for s in slots
+            )
+            typer.echo(
+                f"{rows.request[i]:>7} {rows.position[i]:>8} {rows.token[i]:>8} {PHASES[rows.phase[i]]:<7} "
+                f"{found.about.domains[rows.domain[i]]:<11} {chosen}"
+            )
+
+
+@traces.command("verify")
+def trace_verify(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")]) -> None:
+    r"""Read all of a trace and check it: checksums, ids, and that each token of a request is there once.
+
+    \b
+    Example:
+      moescope trace verify results/trace
+    """
+    from moescope.profiler.errors import TraceError
+    from moescope.profiler.trace import Trace
+
+    found = Trace(folder)
+    result = found.verify()
+    for name in result.unlisted:
+        typer.echo(f"{name} is not in the index: the run was cut off before it was finished")
+    if result.unfinished:
+        typer.echo(f"{result.unfinished:,} tokens are of a batch that was not finished; they are left out")
+    if result.damaged:
+        for _, fault in result.damaged[1:]:
+            typer.echo(fault)
+        raise TraceError(
+            f"{result.damaged[0][1]}; {len(result.damaged)} of {len(found.index.shards)} shards are damaged: "
+            f"{result.rows_lost:,} tokens are lost, {result.rows:,} verify"
+        )
+    typer.echo(f"{result.rows:,} tokens in {len(found.index.shards):,} shards verify")
+
+
+@traces.command("export")
+def trace_export(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    export_format: Annotated[TraceFormat, typer.Option("--format", help="A table with a row for each token.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    r"""Write a trace as a table that other tools read.
+
+    \b
+    Example:
+      moescope trace export results/trace --format parquet -o trace.parquet
+    """
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_export import export_trace
+
+    rows = export_trace(Trace(folder), output, export_format.value, force=force)
+    typer.echo(f"Wrote {output}: {rows:,} tokens")
+
+
+def _traced(counts: Mapping[str, Any]) -> str:
+    """How many requests a trace holds, and why it leaves out the others."""
+    reasons = {"sampled_out": "by the sample", "slow": "as the disk was too slow", "limited": "by the limit"}
+    left_out = [f"{counts[name]:,} left out {why}" for name, why in reasons.items() if counts[name]]
+    share = counts["traced"] / max(counts["requests"], 1)
+    return ", ".join([f"{counts['traced']:,} of {counts['requests']:,} requests ({share:.1%})", *left_out])
 
 
 def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:
@@ -841,14 +1150,14 @@ def _report(
     delta_max: int,
     structured: OutputFormat | None,
     *,
-    weights: Sequence[Any] | None = None,
+    router_weights: Sequence[Any] | None = None,
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
+    weights: "WeightSimilarity | None" = None,
     correlate: bool = True,
     permutations: int | None = None,
 ) -> "ReportData":
     from moescope.viz.analysis import analyze
-    from moescope.viz.report import write_report
 
     try:
         data = analyze(
@@ -857,20 +1166,27 @@ def _report(
             intervals=intervals,
             delta_max=delta_max,
             correlate=correlate,
-            router_weights=weights,
+            router_weights=router_weights,
             routers=routers,
             sample=sample,
+            weights=weights,
             permutations=permutations,
         )
     except ValueError as error:
         raise OptionError(f"--measure {measure.value}: {error}") from error
+    _write_report(data, folder, structured)
+    _print_findings(data)
+    return data
+
+
+def _write_report(data: "ReportData", folder: Path, structured: OutputFormat | None) -> None:
+    from moescope.viz.report import write_report
+
     try:
         chosen = OutputFormat.json if structured is None else structured
         write_report(data, folder, structured=structured is not None, structured_format=chosen.value)
     except OSError as error:
         raise OutputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
-    _print_findings(data)
-    return data
 
 
 def _beside(
@@ -914,34 +1230,35 @@ def _print_findings(data: "ReportData") -> None:
         typer.echo(period_finding(data.period))
     if data.tokens and caution(data):
         typer.echo(caution(data))
+    if data.weights is not None:
+        _print_weights(data.weights)
 
 
 def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
     from moescope.stats.weight_similarity import WeightSimilarity
+    from moescope.viz.weight_findings import verdict_in_words, weight_findings
+    from moescope.viz.wording import in_bytes, signed
 
-    read = result.coverage
-    sketched = f", a sample: {read.coordinates:,} of {read.coordinates_total:,} weights of each" * read.sketched
-    size = f"{read.bytes_read / 1e9:.2f} GB of weights read"
-    typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {size}{sketched}")
+    read = in_bytes(result.coverage.bytes_read)
+    typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {read} of weights read")
     if isinstance(result, WeightSimilarity):
-        for found in result.by_distance:
-            pairs = "pair" if found.num_pairs == 1 else "pairs"
-            typer.echo(
-                f"  Δ = {found.delta:<3} mean cosine of the same expert {found.mean:+.4f}, median {found.median:+.4f}, "
-                f"over {found.num_pairs} {pairs} of layers"
-            )
-    else:
-        import numpy as np
+        for raw, centred in zip(result.by_distance, result.centred_by_distance, strict=True):
+            pairs = "pair" if raw.num_pairs == 1 else "pairs"
+            found = "no two layers so far apart have experts that can be compared"
+            if raw.num_pairs:
+                second = f"{signed(centred.mean)} centred" if centred.num_pairs else "not centred"
+                found = (
+                    f"cosine of the same expert {signed(raw.mean)}, {second}, over {raw.num_pairs} {pairs} of layers"
+                )
+            typer.echo(f"  Δ = {raw.delta:<3} {found}")
+    typer.echo(verdict_in_words(result))
+    for sentence in weight_findings(result, by_distance=False):
+        typer.echo(sentence)
 
-        usable = np.isfinite(result.cosine)
-        if usable.any():
-            cosine, change = result.cosine[usable].mean(), result.relative_change[usable].mean()
-            typer.echo(f"  mean cosine of the same expert {cosine:+.6f}, mean relative change {change:.3g}")
-    zero = sum(expert.fault == "zero" for expert in result.unusable)
-    if zero:
-        typer.echo(f"  {zero} experts are zero and have no cosine")
-    if result.verdict is not None:
-        typer.echo(str(result.verdict))
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    for name, value in rows.items():
+        typer.echo(f"{name:<11}{value}")
 
 
 def _check_type(architecture: str, wanted: ModelType) -> None:
@@ -982,25 +1299,6 @@ def _layers(text: str | None) -> list[int] | None:
     return sorted({layer for run in found for layer in run})
 
 
-def _demo(model: str) -> "str | Path":
-    from moescope.profiler.demo import model_path
-
-    return model_path(model.removeprefix("demo:")) if model.startswith("demo:") else model
-
-
-def _device(name: str) -> str:
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if cuda else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise OptionError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
-    if name != "cpu" and (not cuda or int(name.partition(":")[2] or 0) >= torch.cuda.device_count()):
-        raise OptionError(f"--device {name}: there is no such GPU here; use --device cpu")
-    return name
-
-
 def _labels(text: str | None, count: int) -> list[str] | None:
     if text is None:
         return None
@@ -1018,6 +1316,14 @@ def _batch_size(text: str) -> int | None:
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
         raise OptionError(f"--batch-size {text!r} must be auto or a whole number from 1 to 1,000,000")
     return int(text)
+
+
+def _size(option: str, text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if not size:
+        raise OptionError(f"{option} {text!r} must be a size, e.g. 512MB or 10GB")
+    return size
 
 
 def _new_folder(kind: str = "moescope") -> Path:
@@ -1142,7 +1448,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show Δ gets an escape, not a traceback
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    for command in app.registered_commands:  # raw docstrings spell out the mark that keeps the lines of the examples
+    for command in (
+        *app.registered_commands,
+        *traces.registered_commands,
+    ):  # raw docstrings spell out the mark that keeps the lines of the examples
         command.help = (inspect.getdoc(command.callback) or "").replace("\\b\n", "\b\n")
     sys.argv[1:] = _with_dashes(sys.argv[1:])
     debug = "--debug" in sys.argv[1:]

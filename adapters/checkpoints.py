@@ -15,12 +15,12 @@ from torch import Tensor
 from moescope.adapters.layouts import CHECKPOINT_FAMILIES, PREFIXES, CheckpointFamily, Layout
 from moescope.adapters.shards import DTYPES, Shards, StoredTensor, shown
 from moescope.profiler.errors import ModelError
+from moescope.profiler.fp8 import decoded
 
 Part = Literal["gate", "up", "down"]
 
 _PARTS: Final[tuple[Part, ...]] = ("gate", "up", "down")
 _FP8: Final = "F8_E4M3"
-_DECODED_AT_ONCE: Final = 1 << 18  # elements; numpy takes eight bytes more for each
 _LAYER: Final = re.compile(rf"({'|'.join(map(re.escape, PREFIXES))})layers\.(0|[1-9]\d{{0,5}})\.(.+)", re.DOTALL)
 _EXPERT: Final = re.compile(r"(0|[1-9]\d{0,5})\.(.+)", re.DOTALL)
 #: How the names of weights end that are packed in a way that is not unpacked here.
@@ -102,19 +102,8 @@ class ExpertWeights:
         return ExpertWeights(gate, up, down, biases=self.biases)
 
 
-def _decode(codes: Tensor) -> Tensor:
-    """FP8 to float32 by a table of all 256 codes, which is several times as fast as torch's conversion on a CPU."""
-    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
-    weights = torch.empty(codes.shape, dtype=torch.float32)
-    source, target = codes.view(torch.uint8).numpy().reshape(-1), weights.numpy().reshape(-1)
-    for start in range(0, len(source), _DECODED_AT_ONCE):
-        part = slice(start, start + _DECODED_AT_ONCE)
-        np.take(table, source[part], out=target[part], mode="clip")
-    return weights
-
-
 def _dequantise(stored: Tensor, scale: Scale | None) -> Tensor:
-    weights = _decode(stored) if stored.dtype == torch.float8_e4m3fn else stored.to(torch.float32)
+    weights = decoded(stored) if stored.dtype == torch.float8_e4m3fn else stored.to(torch.float32)
     if scale is not None:
         scale.apply(weights)
     return weights
@@ -458,7 +447,8 @@ class _Reader:
                 layers.setdefault(int(match[1]), []).append(name)
         seen = layers[min(layers)] if layers else list(self._shards.names)
         kind = shown(self._kind) or "without model_type"
-        return ModelError(f"{self._model} ({kind}) {what}; it has tensors like {_sample(seen)}")
+        dense = "" if layers else "; none is of a router or of experts, as in a dense model"
+        return ModelError(f"{self._model} ({kind}) {what}; it has tensors like {_sample(seen)}{dense}")
 
     def _number(self, *fields: str) -> int:
         """A positive whole number of the config, from the first of `fields` that is there."""

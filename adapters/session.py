@@ -20,6 +20,7 @@ from moescope.profiler.prompts import Prompt, as_prompts
 from moescope.profiler.run import CHUNK, Progress, run_profile
 from moescope.profiler.sidecars import SAMPLE_TOKENS, TokenSample, choose_layers, forget, save_sample
 from moescope.profiler.tokens import PromptLimits, TokenizedPrompts, tokenize_prompts
+from moescope.profiler.trace_writer import TraceOptions
 
 #: Prefix of the embedded demo models, as a model's name: "demo:stacked", "demo:control".
 DEMO: Final = "demo:"
@@ -173,6 +174,7 @@ def profile_prompts(
     folder: OutputFolder | None = None,
     resume: bool = False,
     token_sample: bool = True,
+    trace: TraceOptions | None = None,
     left_out: Sequence[str] = (),
     on_tokenized: Callable[[int, int], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
@@ -189,6 +191,7 @@ def profile_prompts(
         folder: Where to keep results, or None.
         resume: Go on with what an interrupted run left in `folder`.
         token_sample: Keep the distributions of one prompt's first tokens, and their text, beside the profile.
+        trace: Trace the tokens too, as said here.
         left_out: What reading the prompts left out, known when all are read; how many is in the run's settings.
         on_tokenized: Told prompts and tokens so far while tokenising.
         on_progress: Told after each batch.
@@ -234,6 +237,7 @@ def profile_prompts(
             },
             folder=folder,
             resume=before,
+            trace=trace,
             on_progress=on_progress,
         )
         if folder is not None:
@@ -295,6 +299,7 @@ def profile(
     force: bool = False,
     resume: bool = False,
     token_sample: bool = True,
+    trace: TraceOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **options: Any,
 ) -> RoutingProfile:
@@ -324,6 +329,7 @@ def profile(
         force: Write into a folder that already holds results.
         resume: Go on with what an interrupted run left in `output_dir`.
         token_sample: With `output_dir`, keep the distributions of one prompt's first tokens, and their text, there.
+        trace: Trace the tokens too: `moescope.TraceOptions(folder, …)`.
         on_progress: Called after each batch.
         options: Options of the engine; see `moescope.adapters.transformers.load_engine` and
             `moescope.adapters.vllm.VllmEngine`, e.g. `engine_args={"max_model_len": 8192}`.
@@ -364,5 +370,6 @@ def profile(
             folder=folder,
             resume=resume,
             token_sample=token_sample,
+            trace=trace,
             on_progress=on_progress,
         )

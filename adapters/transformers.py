@@ -26,11 +26,13 @@ from moescope.adapters.transformers_hooks import (
     overridden,
     router_logits,
 )
+from moescope.adapters.transformers_trace import BatchTrace
 from moescope.profiler.engine import Completed, Generation, Request
 from moescope.profiler.errors import ModelError, OptionError
 from moescope.profiler.profile import EngineInfo
 from moescope.profiler.prompts import Prompt
 from moescope.profiler.recorder import Group, Recorder, router_distribution
+from moescope.profiler.trace_writer import TraceWriter
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _MAX_PADDED_TOKENS: Final = {"cpu": 4096, "cuda": 32768}
@@ -73,6 +75,7 @@ class TransformersEngine:
         self._tokenizer = tokenizer
         self._device = next(model.parameters()).device
         self._padding_side = padding_side
+        self._tracing: TraceWriter | None = None
         self.probabilities = probabilities
         self.coactivation = coactivation
         config = model.config.get_text_config(decoder=True)
@@ -148,8 +151,13 @@ class TransformersEngine:
             mask[row, part] = 1
         owners = tuple((request.domain, request.split) for request in requests)
         rows = Rows(owners, columns, mask.bool(), decodes=generation.max_tokens > 1)
+        hooks: dict[str, Any] = {}
+        if self._tracing is not None:
+            traced = BatchTrace(self._tracing, self.recorder, requests, mask.bool(), generation.max_tokens)
+            hooks = {"selected": traced.select, "after": traced.append}
         ids, mask = ids.to(self._device), mask.to(self._device)
-        with _evaluating(self._model), torch.inference_mode(), Watch(self._model, self.binding, self.recorder) as watch:
+        watching = Watch(self._model, self.binding, self.recorder, **hooks)
+        with _evaluating(self._model), torch.inference_mode(), watching as watch:
             watch.expect(rows)
             if generation.max_tokens:
                 generated = self._generate(ids, mask, generation, batch)
@@ -223,6 +231,10 @@ class TransformersEngine:
         each = cache + _ACTIVATION_COPIES * hidden * 4 + experts + distribution
         fitting = free_memory(self._device) // 4 // each
         return max(1, min(_MAX_PADDED_TOKENS[kind], int(fitting)))
+
+    def trace(self, writer: TraceWriter | None) -> None:
+        """Trace the tokens of the batches to come, or no longer."""
+        self._tracing = writer
 
     def findings(self) -> dict[str, Any]:
         """Nothing beside the settings."""

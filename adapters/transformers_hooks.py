@@ -362,6 +362,7 @@ class Watch:
         recorder: Where the routing goes.
         before: Called with the arguments of each forward of the body, before it is counted; may set `rows`.
         after: Called with the output of each forward of the body.
+        selected: Called with each forward and bool (B, S), its cells that count, before it is counted.
     """
 
     def __init__(
@@ -372,6 +373,7 @@ class Watch:
         *,
         before: Callable[["Forward"], None] | None = None,
         after: Callable[[Any], None] | None = None,
+        selected: Callable[["Forward", Tensor], None] | None = None,
     ) -> None:
         self.rows: Rows | None = None
         self._model = model
@@ -379,6 +381,7 @@ class Watch:
         self._recorder = recorder
         self._notify_before = before
         self._notify_after = after
+        self._notify_selected = selected
         self._signature = inspect.signature(binding.body.forward)
         self._stack = contextlib.ExitStack()
         self._logits: dict[int, Tensor] = {}
@@ -437,6 +440,8 @@ class Watch:
         if self.rows.prompt_mask is None and forward.opaque_mask:
             raise ModelError("recording a forward needs its attention_mask as (B, S), not a mask made of it")
         counted, group = self.rows.select(forward.batch, forward.past, forward.width, forward.mask)
+        if self._notify_selected is not None:
+            self._notify_selected(forward, counted)
         rows = None if bool(counted.all()) else counted.reshape(-1).nonzero().squeeze(1)
         group = group.reshape(-1) if rows is None else group.reshape(-1)[rows]
         device = self._recorder.device

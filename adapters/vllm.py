@@ -32,6 +32,7 @@ from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.profile import LayerInfo, ModelInfo
 from moescope.profiler.prompts import Prompt
 from moescope.profiler.staged import StagedSums
+from moescope.profiler.trace_writer import TraceWriter
 
 #: Prompts that are handed to the engine together; it batches them by itself.
 BATCH: Final = 1024
@@ -283,6 +284,15 @@ class VllmEngine:
                         )
                 self._checked[1] += int(ids.shape[0] * ids.shape[1])
             self._checked[0] += 1
+
+    def trace(self, writer: TraceWriter | None) -> None:
+        """Not there yet.
+
+        Raises:
+            OptionError: A trace is asked for.
+        """
+        if writer is not None:
+            raise OptionError("--trace needs --engine transformers; vLLM is not traced yet")
 
     def findings(self) -> dict[str, Any]:
         """What the run's record says beside its settings."""

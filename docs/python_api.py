@@ -1,4 +1,4 @@
-"""moescope from Python, step by step: record, analyse, draw, compare, export.
+"""moescope from Python, step by step: record, analyse, draw, compare, weigh, export.
 
 Run it as a script, or open it as a notebook (the `# %%` marks are cells):
 
@@ -30,6 +30,7 @@ from moescope.stats.activation import normalised_entropy
 from moescope.stats.comparison import compare_activations, within_run
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.periodicity import periodic_patterns
+from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.activation import activation_heatmap
 from moescope.viz.analysis import activations
 from moescope.viz.comparison import difference_heatmap
@@ -40,6 +41,8 @@ from moescope.viz.periodicity import periodic_bars, periodic_boxes
 from moescope.viz.similarity import router_cosine_heatmap, router_norm_heatmap
 from moescope.viz.surface import activation_surface
 from moescope.viz.tables import tables
+from moescope.viz.weight_findings import verdict_in_words
+from moescope.viz.weights import expert_layer_heatmap
 
 parser = argparse.ArgumentParser(description="moescope from Python, step by step.")
 parser.add_argument("out", nargs="?", type=Path, default=Path("python_api_results"), help="folder for the results")
@@ -157,13 +160,29 @@ if len(profile.domains) > 1:
     figures["difference_by_domain"] = difference_heatmap(by_domain.pairs, by_domain.subject)
     moescope.write_comparison(by_domain, options.out / "by_domain")
 
+# %% [markdown]
+# ## 6. The weights
+#
+# A pass over the files of a checkpoint; no model is loaded. `weigh` sums, `analyze_weights` says what the sums mean:
+# here for the layers 4 apart alone. With `against="./base"` both are about what has changed since.
+
+# %%
+record = moescope.weigh("demo:stacked", deltas=[4], folder=options.out / "weights")
+weights = moescope.analyze_weights(record)
+print(verdict_in_words(weights))
+if isinstance(weights, WeightSimilarity):
+    (apart,) = weights.by_distance
+    print(f"the same expert {apart.delta} layers on: cosine {apart.mean:+.3f}, over {apart.num_pairs} pairs of layers")
+    figures["expert_layers"] = expert_layer_heatmap(weights)
+moescope.write_weights(weights, options.out / "weights")
+
 # %%
 (options.out / "figures").mkdir(parents=True, exist_ok=True)
 for name, figure in figures.items():
     figure.write_html(options.out / "figures" / f"{name}.html", include_plotlyjs="directory")
 
 # %% [markdown]
-# ## 6. Tables
+# ## 7. Tables
 #
 # Rows of plain Python values, with a description of each column; `moescope.export` writes the same as csv, parquet or
 # xlsx.
@@ -180,7 +199,7 @@ with open(options.out / "tables" / "experts.csv", encoding="utf-8", newline="") 
     assert sum(int(row["selections"]) for row in csv.DictReader(file)) == profile.selection_counts.sum()
 
 # %% [markdown]
-# ## 7. The report
+# ## 8. The report
 #
 # What `moescope profile` writes: one page, the figures, the summary, the structured data.
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moescope.profiler.profile import EngineInfo, ModelInfo
 from moescope.profiler.prompts import Prompt
+from moescope.profiler.trace_writer import TraceWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,13 @@ class Request:
         token_ids: int32 [n], the prompt.
         domain: Index of its domain.
         split: Its split, 0..15.
+        number: Its place in the prompt set.
     """
 
     token_ids: NDArray[np.int32]
     domain: int
     split: int
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,10 @@ class Engine(Protocol):
 
     def run(self, requests: Sequence[Request], generation: Generation, batch: int) -> Completed:
         """Run one batch; raises InvariantError if what was recorded does not add up."""
+        ...
+
+    def trace(self, writer: TraceWriter | None) -> None:
+        """Trace the tokens of the batches to come, or no longer; raises OptionError where the engine cannot."""
         ...
 
     def findings(self) -> dict[str, Any]:

@@ -25,6 +25,10 @@ class OutputError(MoescopeError):
     """Results cannot be written where they were asked for."""
 
 
+class TraceError(MoescopeError):
+    """A trace cannot be read or written."""
+
+
 class OptionError(MoescopeError):
     """An option has a value that cannot be used."""
 

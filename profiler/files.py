@@ -18,8 +18,11 @@ from moescope.profiler.errors import MoescopeError, OutputError, ProfileError
 from moescope.profiler.profile import BUFFERS, RoutingProfile, header, parse_header
 
 METADATA_KEY: Final = "moescope"
+WEIGHTS_KEY: Final = "moescope_weights"
 PROFILE_NAME: Final = "profile.safetensors"
 PARTIAL_NAME: Final = "profile.partial.safetensors"
+WEIGHTS_NAME: Final = "weights.safetensors"
+PARTIAL_WEIGHTS_NAME: Final = "weights.partial.safetensors"
 LOCK_NAME: Final = ".moescope.lock"
 
 
@@ -98,6 +101,8 @@ def load_profile(path: str | os.PathLike[str]) -> RoutingProfile:
 def _read(file: Path) -> dict[str, Any]:
     with safe_open(file, framework="numpy") as reader:
         metadata = reader.metadata() or {}
+        if WEIGHTS_KEY in metadata:
+            raise ProfileError("holds weights and no profile; `moescope report` and `moescope info` take it")
         if METADATA_KEY not in metadata:
             raise ProfileError("a safetensors file, but not a moescope profile")
         fields = parse_header(metadata[METADATA_KEY])

@@ -256,6 +256,13 @@ class RoutingProfile:
 
         return load_profile(path)
 
+    @classmethod
+    def from_trace(cls, folder: str) -> "RoutingProfile":
+        """Count the tokens of a trace; see `moescope.profiler.trace.Trace.profile`."""
+        from moescope.profiler.trace import Trace
+
+        return Trace(folder).profile()
+
     def save(self, path: str) -> None:
         """Check and write a profile file; see `moescope.profiler.files.save_profile`."""
         from moescope.profiler.files import save_profile

@@ -289,6 +289,16 @@ class Recorder:
             for slot in range(len(self.layers)):
                 self._pairs[slot] += self._count_pairs(slot, counted)
 
+    def staged(self) -> tuple[Tensor, Tensor]:
+        """What the last forward routed, of the rows that counted; valid until the next `begin`.
+
+        Returns:
+            (L, n, K) int32 expert ids, -1 past a layer's own k, and (L, n, K) float32 routing weights, the model's
+            scaling divided out, undefined past a layer's own k.
+        """
+        counted = len(self._group)
+        return self._ids[:, :counted], self._weights[:, :counted] / self._scales[:, None, None]
+
     def _count_pairs(self, slot: int, counted: int) -> Tensor:
         k = self.layers[slot].top_k
         ids = self._ids[slot, :counted, :k].long()

@@ -1,5 +1,6 @@
 """The run loop: prompts through an engine, drained batch by batch, kept on the way, resumed where it stopped."""
 
+import contextlib
 import hashlib
 import time
 import uuid
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from moescope import __version__
 from moescope.profiler.engine import Engine, Generation, Request
 from moescope.profiler.errors import EngineError, ProfileError
 from moescope.profiler.files import PARTIAL_NAME, OutputFolder
@@ -15,6 +17,8 @@ from moescope.profiler.interrupts import interruptible
 from moescope.profiler.profile import RoutingProfile, RunInfo
 from moescope.profiler.tokens import TokenizedPrompts
 from moescope.profiler.totals import Totals
+from moescope.profiler.trace import TraceAbout
+from moescope.profiler.trace_writer import TraceOptions, TraceWriter
 
 #: Prompts that are sorted by length together; small enough that what has been drained is a fair sample of the set.
 CHUNK: Final = 1024
@@ -69,6 +73,7 @@ def run_profile(
     settings: Mapping[str, Any],
     folder: OutputFolder | None = None,
     resume: RoutingProfile | None = None,
+    trace: TraceOptions | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> RoutingProfile:
     """Run every prompt once and return the profile; with a folder, keep what is drained as it grows.
@@ -80,11 +85,13 @@ def run_profile(
         settings: What the run was asked for, JSON types; a resumed run must have been asked for the same.
         folder: Where to keep what is drained: after the first batch, then every 30 seconds, and at the end; or None.
         resume: What an interrupted run of the same prompts, model and settings left, or None.
+        trace: Trace the tokens too; a resumed run goes on with its trace.
         on_progress: Called after each batch.
 
     Raises:
         InvariantError: Counts do not add up; nothing of the batch in question is kept.
         ProfileError: `resume` belongs to another run.
+        TraceError: The trace cannot be written; what had been saved before can be resumed.
         EngineError: The engine failed; what had been drained is in the folder.
         Interrupted: Ctrl-C; its `profile` holds what had been drained, which is also in the folder.
     """
@@ -98,6 +105,7 @@ def run_profile(
         **settings,
         "chunk": CHUNK,
         "domains_sha256": hashlib.sha256(domain_bytes).hexdigest(),
+        **({} if trace is None else {"trace": {"sample": trace.sample, "weights": trace.weights}}),
     }
     if resume is not None and len(resume.runs) == 1:
         # batches must be those of the interrupted run, however much memory is free today
@@ -122,21 +130,29 @@ def run_profile(
         totals = Totals.from_profile(resume)
     meter = _Meter(prompts, run.prompts)
     saved = -SAVE_EVERY  # the first batch is kept at once
-    with interruptible() as interrupts:
+    with _tracing(engine, trace, run, prompts.domains, resume is not None) as writer, interruptible() as interrupts:
+
+        def keep(folder: OutputFolder) -> None:
+            if writer is not None:
+                writer.flush()  # the trace never lags behind what a resumed run builds on
+            folder.save_partial(totals.profile(run))
+
         try:
             for number, batch in enumerate(plan_batches(engine, prompts, generation)):
                 if number < run.batches:
                     meter.skip(batch)
                     continue
                 requests = [
-                    Request(prompts.ids(i), int(prompts.domain_index[i]), int(prompts.splits[i])) for i in batch
+                    Request(prompts.ids(i), int(prompts.domain_index[i]), int(prompts.splits[i]), i) for i in batch
                 ]
                 done = engine.run(requests, generation, number)
                 with interrupts.held():
+                    if writer is not None:
+                        writer.commit(number)
                     totals.add(done.sums, done.tokens)
                     run = replace(run, prompts=run.prompts + len(batch), batches=number + 1)
                     if folder is not None and time.monotonic() - saved >= SAVE_EVERY:
-                        folder.save_partial(totals.profile(run))
+                        keep(folder)
                         saved = time.monotonic()
                 progress = meter.count(batch, sum(done.tokens))
                 if on_progress is not None:
@@ -144,15 +160,14 @@ def run_profile(
             interrupts.hold()
         except KeyboardInterrupt as error:
             interrupts.hold()
-            profile = totals.profile(run)
             if folder is not None and run.batches:
-                folder.save_partial(profile)
-            raise Interrupted(profile) from error
+                keep(folder)
+            raise Interrupted(totals.profile(run)) from error
         except EngineError as error:
             interrupts.hold()
             if folder is None or not run.batches:
                 raise
-            folder.save_partial(totals.profile(run))
+            keep(folder)
             raise EngineError(
                 f"{error}. Kept what {run.prompts:,} of {run.prompts_total:,} prompts gave in "
                 f"{folder.path / PARTIAL_NAME}; go on with --resume"
@@ -160,12 +175,34 @@ def run_profile(
         found = engine.findings()
         if found:
             run = replace(run, settings={**run.settings, **found})
+        if writer is not None:
+            found = {"trace": run.settings["trace"] | writer.summary()}
+            run = replace(run, settings={**run.settings, **found})
         profile = totals.profile(replace(run, complete=True))
-        if folder is None:
-            profile.check()
-        else:
-            folder.save_final(profile)  # checks it too
+        profile.check()
+        if writer is not None:
+            writer.finish()
+        if folder is not None:
+            folder.save_final(profile)
     return profile
+
+
+@contextlib.contextmanager
+def _tracing(
+    engine: Engine, options: TraceOptions | None, run: RunInfo, domains: tuple[str, ...], resumed: bool
+) -> Iterator[TraceWriter | None]:
+    """A writer that the engine feeds, if there are options."""
+    if options is None:
+        yield None
+        return
+    about = TraceAbout(engine.model, domains, run, __version__, options.weights, options.sample)
+    seed = int(run.settings["seed"])
+    with TraceWriter(about, options, seed=seed, resume=run.batches if resumed else None) as writer:
+        engine.trace(writer)
+        try:
+            yield writer
+        finally:
+            engine.trace(None)
 
 
 def _resumed(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from moescope.profiler.errors import ProfileError
-from moescope.profiler.files import write_tensors
+from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, write_tensors
 from moescope.profiler.profile import ModelInfo
 
 SAMPLE_NAME: Final = "token_sample.safetensors"
@@ -146,7 +146,7 @@ def load_routers(folder: Path, model: ModelInfo) -> RouterTables | None:
 
 def forget(folder: Path) -> None:
     """Remove what an earlier run left beside the profile that another has replaced."""
-    for name in (SAMPLE_NAME, ROUTERS_NAME):
+    for name in (SAMPLE_NAME, ROUTERS_NAME, WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,14 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moescope.profiler.errors import OutputError, ProfileError
-from moescope.profiler.files import write_tensors
+from moescope.profiler.files import WEIGHTS_KEY, WEIGHTS_NAME, write_tensors
+from moescope.profiler.profile import ModelInfo
 from moescope.profiler.weight_features import PROBES
 from moescope.profiler.weight_pass import match_sides
 
-WEIGHTS_NAME: Final = "weights.safetensors"
-PARTIAL_WEIGHTS_NAME: Final = "weights.partial.safetensors"
-
-_KEY: Final = "moescope_weights"
 _PARTIAL_KEY: Final = "moescope_weights_partial"
 _FORMAT: Final = 1
 _LARGEST_HEADER: Final = 1 << 24
@@ -51,6 +49,7 @@ class WeightRun:
         seconds: What the pass took.
         versions: Version of each package that took part.
         created: When, ISO 8601.
+        fingerprint: Of the routers of these layers, see `router_fingerprint`; of two checkpoints, the first.
     """
 
     model: str
@@ -72,6 +71,7 @@ class WeightRun:
     seconds: float
     versions: dict[str, str]
     created: str
+    fingerprint: str
 
     @property
     def sides(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -119,7 +119,7 @@ def save_weights(record: WeightRecord, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     arrays = {name: getattr(record, name) for name in _expected(record.run)}
-    write_tensors(arrays, path, {_KEY: json.dumps({"format": _FORMAT, **asdict(record.run)})})
+    write_tensors(arrays, path, {WEIGHTS_KEY: json.dumps({"format": _FORMAT, **asdict(record.run)})})
 
 
 def load_weights(path: Path) -> WeightRecord:
@@ -130,7 +130,7 @@ def load_weights(path: Path) -> WeightRecord:
     """
     if not path.is_file():
         raise ProfileError(f"No such file: {path}")
-    about, arrays = _read(path, _KEY)
+    about, arrays = _read(path, WEIGHTS_KEY)
     if about is None:
         raise ProfileError(f"{path} holds no weights that `moescope weights` has summed")
     if about.pop("format", None) != _FORMAT:
@@ -141,6 +141,35 @@ def load_weights(path: Path) -> WeightRecord:
     if shapes != {name: (np.dtype(kind), shape) for name, (kind, shape) in expected.items()}:
         raise ProfileError(f"{path} is damaged: its parts do not fit together")
     return WeightRecord(run, **arrays)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a file is one that `save_weights` wrote; a file that cannot be read is none."""
+    try:
+        with safe_open(path, framework="numpy") as reader:
+            return WEIGHTS_KEY in (reader.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_weights_beside(folder: Path, model: ModelInfo) -> WeightRecord | None:
+    """The sums beside a profile of `model`; None if there are none, or of two checkpoints, which no profile shows.
+
+    Raises:
+        ProfileError: They are damaged, or belong to another model.
+    """
+    path = folder / WEIGHTS_NAME
+    if not os.path.lexists(path):
+        return None
+    try:
+        record = load_weights(path)
+    except ProfileError as error:
+        raise ProfileError(f"{error}; remove it, or record again") from error
+    run, experts = record.run, dict(zip(model.layer_indices, model.experts, strict=True))
+    others = run.layers == model.layer_indices and model.fingerprint not in (None, run.fingerprint)
+    if others or any(experts.get(layer) != run.experts for layer in run.layers):
+        raise ProfileError(f"{path} belongs to another model than the profile; remove it, or record again")
+    return record if run.against is None else None
 
 
 class PartialWeights:
@@ -221,7 +250,7 @@ def _run(about: Mapping[str, Any], path: Path) -> WeightRun:
             and list(run.layers) == sorted(set(run.layers))
             and all(type(delta) is int and delta > 0 for delta in run.deltas)
             and all(first in run.layers and second in run.layers for first, second in run.pairs)
-            and all(isinstance(getattr(run, name), str) for name in ("model", "architecture", "engine", "created"))
+            and all(isinstance(getattr(run, name), str) for name in _TEXTS)
             and (run.against is None or isinstance(run.against, str))
             and isinstance(run.versions, dict)
             and isinstance(run.seconds, int | float)
@@ -233,6 +262,7 @@ def _run(about: Mapping[str, Any], path: Path) -> WeightRun:
     return run
 
 
+_TEXTS: Final = ("model", "architecture", "engine", "created", "fingerprint")
 _WHOLE: Final = ("experts", "hidden", "width", "coordinates", "coordinates_total", "bytes_read", "bytes_total")
 
 

@@ -9,6 +9,8 @@ from typing import Any, Final, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from moescope.profiler.fp8 import decode
+
 Part = Literal["gate", "up", "down"]
 
 PARTS: Final[tuple[Part, ...]] = ("gate", "up", "down")
@@ -16,6 +18,8 @@ PARTS: Final[tuple[Part, ...]] = ("gate", "up", "down")
 GROUPS: Final[tuple[tuple[Part, ...], ...]] = (("gate", "up"), ("down",))
 #: Bytes of an expert's rows in a block beyond which reading in one piece gains nothing.
 _PIECE: Final = 1 << 18
+#: And below which it costs more than the bytes do.
+_SHORT: Final = 1 << 14
 _ALIGNED: Final = 64
 #: Least weights of an expert in a row that are worked on at a time.
 _UNIT: Final = 128
@@ -260,23 +264,6 @@ class Slab:
         ]
 
 
-def decode(codes: Tensor, out: Tensor) -> None:
-    """FP8 (E4M3) to float32 through float16, whose exponents it fits into: many times as fast as a conversion on a CPU.
-
-    The four bits of exponent and three of mantissa become the lowest of the exponent and the highest of the mantissa of
-    a float16, which is the value times 2^-8, subnormal numbers included; 0x7f is not a number.
-
-    Args:
-        codes: (…) float8_e4m3fn.
-        out: (…) float32.
-    """
-    wide = codes.view(torch.int8).to(torch.int16)
-    wide.bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
-    out.copy_(wide.view(torch.float16)).mul_(256.0)
-    if max(map(abs, torch.stack(torch.aminmax(out)).tolist())) >= 480.0:
-        out.masked_fill_(out.abs() >= 480.0, torch.nan)
-
-
 def part_forms(sources: Sequence[WeightSource]) -> list[list[PartForm]]:
     """How gate, up and down of each checkpoint are held: rows on disk are the same coordinates wherever they meet.
 
@@ -312,7 +299,9 @@ def plan(forms: Sequence[Sequence[PartForm]], cells: int, most_bytes: int, *, sk
             starts, size = [(2 * i + 1) * rows // (2 * count) for i in range(count)], 1
         else:
             row = sum(form.columns * form.dtype.itemsize for form in group)
-            size = max(1, min(rows, most_bytes // (row * cells), len(group) * _PIECE // row))
+            # half of the room will do, unless an expert's piece were too short to be read at speed
+            room = min(most_bytes, max(most_bytes // 2, cells * len(group) * _SHORT))
+            size = max(1, min(rows, room // (row * cells), len(group) * _PIECE // row))
             starts = list(range(0, rows, size))
         blocks += [Block(parts, start, min(start + size, rows), start == starts[0]) for start in starts]
     return blocks

@@ -17,8 +17,10 @@ Task = Callable[[], None]
 _CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
 #: Layers of a panel of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL: Final = 16
-#: Gram matrices are worth their while from this many single products a layer squared on; measured at 48 layers.
-_DOTS: Final = 0.1
+#: Gram matrices are worth their while from this many single products a layer squared on, and where they are small, a
+#: layer; measured at 48 and 12 layers.
+_DOTS: Final = 0.15
+_DOTS_A_LAYER: Final = 2.5
 _memory = threading.local()
 #: Sums of squares of weights above this do not fit into float32.
 _LARGEST: Final = 1e15
@@ -83,7 +85,8 @@ class SameIndexSums:
         for i, j in torch.triu(wanted, 1).nonzero().tolist():
             offsets.setdefault(j - i, []).append(i)
         runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
-        by_pairs = sum(stop - start for _, start, stop in runs) < _DOTS * depth**2
+        products = sum(stop - start for _, start, stop in runs)
+        by_pairs = products < max(_DOTS * depth**2, _DOTS_A_LAYER * depth)
         self._runs = runs if by_pairs else None
 
     def state(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """From the files of a checkpoint, or of two, to sums from which similarity is computed."""
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Final
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from moescope import __version__
 from moescope.profiler.errors import ModelError, OptionError
+from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.run import timestamp
 from moescope.profiler.sidecars import choose_layers
 from moescope.profiler.weight_files import WeightRecord, WeightRun
@@ -84,6 +86,7 @@ def weigh(
         seconds=result.seconds,
         versions={"moescope": __version__, "torch": version("torch"), "python": platform.python_version()},
         created=timestamp(),
+        fingerprint=router_fingerprint(map(source.router, source.layers)),
     )
     whole = ("raw", "centred", "within")
     sums: dict[str, Any] = {
@@ -92,6 +95,16 @@ def weigh(
         if name != "zero" and not name.startswith("projected")
     }
     return WeightRecord(run, **sums, **routers)
+
+
+def default_deltas(layers: Sequence[int]) -> tuple[int, ...]:
+    """Distances worth a look in a model of this depth: 1, and those at which a report looks for periods by default.
+
+    These are 12, 24 and 36 where two pairs of layers span them, and the shortest twelve there are in a shallower model.
+    """
+    apart = Counter(later - earlier for earlier in layers for later in layers if later > earlier)
+    usual = [delta for delta in (12, 24, 36) if apart[delta] >= 2]
+    return tuple(sorted({1} & set(apart) | set(usual or sorted(apart)[:12])))
 
 
 def choose_pairs(layers: Sequence[int], deltas: Sequence[int], most: int) -> list[tuple[int, int]]:

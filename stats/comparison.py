@@ -5,14 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import rel_entr
+from scipy.special import rel_entr, stdtr
 
 from moescope.stats.activation import Activation, Measure
 from moescope.stats.layout import padding_mask
+from moescope.stats.multiplicity import holm
 from moescope.stats.pairwise import pairwise_pearson
+from moescope.stats.split_shares import SplitShares, contrast_of_two, positive, split_shares
 
 PARTITIONS = 64
 """Random halvings that a within-run level is averaged over."""
+
+REPLICATES = 999
+"""Draws of the noise that a layer's distance is held against."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +115,32 @@ class Comparison:
     within_other: WithinRun | None
     noise: Distances
     ratio: Distances
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """Tests of two runs over splits of their prompts, layer by layer and expert by expert.
+
+    Attributes:
+        layer_p_value: (L,) float64, of no difference in the layer, one layer at a time; NaN where either run has fewer
+            than two splits.
+        layer_p_corrected: (L,) float64, corrected for the layers by the largest distance of any.
+        difference: (L, E) float64, share in the second run minus share in the first.
+        p_value: (L, E) float64, of an equal share, one expert at a time; NaN where it cannot be tested.
+        p_corrected: (L, E) float64, corrected by Holm for all experts of all layers.
+        paired: whether the two runs had the same prompts.
+        replicates: draws of the noise behind the tests of layers.
+        seed: seed of the draws.
+    """
+
+    layer_p_value: NDArray[np.float64]
+    layer_p_corrected: NDArray[np.float64]
+    difference: NDArray[np.float64]
+    p_value: NDArray[np.float64]
+    p_corrected: NDArray[np.float64]
+    paired: bool
+    replicates: int
+    seed: int
 
 
 def distances(one: NDArray[np.float64], two: NDArray[np.float64], experts: Sequence[int]) -> Distances:
@@ -245,6 +276,126 @@ def compare_activations(
             _over(between.jensen_shannon, noise.jensen_shannon), _over(between.total_variation, noise.total_variation)
         ),
     )
+
+
+def change_tests(
+    reference: NDArray[np.int64],
+    other: NDArray[np.int64],
+    experts: Sequence[int],
+    *,
+    paired: bool = False,
+    seed: int = 0,
+    replicates: int = REPLICATES,
+) -> Change:
+    """Whether two runs differ by more than the draw of their prompts, in which layers and which experts.
+
+    Experts of different prompts: as in `moescope.stats.split_shares`. Experts of the same prompts: a t test on the
+    differences by split. Layers: Σ (p - q)² / (p + q), for small differences in proportion to the Jensen-Shannon
+    divergence, against the same of noise alone: each split's residual around its run's share without it, with a random
+    sign, the wild cluster bootstrap of A. Cameron, J. Gelbach, D. Miller (Rev. Econ. Stat. 90, 2008). The correction
+    for layers is that of P. Westfall, S. Young (Resampling-based multiple testing, 1993): the largest over all layers,
+    each relative to its mean under noise.
+
+    Args:
+        reference: (S, L, E) int64, selections by split of the first run's prompts.
+        other: (S, L, E) int64, of the second's.
+        experts: (L,) routed experts; columns beyond a layer's number are ignored.
+        paired: the runs had the same prompts in the same splits: two models, or two settings, over one prompt set with
+            one seed. What the prompts share then cancels, and smaller differences are seen.
+        seed: seed of the signs.
+        replicates: draws of the noise; a p-value of a layer is at least 1 / (replicates + 1).
+
+    Raises:
+        ValueError: if shapes disagree or `replicates` is below 1.
+    """
+    if reference.shape != other.shape or reference.ndim != 3:
+        raise ValueError(f"got splits of shape {reference.shape} and {other.shape}")
+    if reference.shape[1] != len(experts):
+        raise ValueError(f"got splits of {reference.shape[1]} layers and {len(experts)} expert numbers")
+    if replicates < 1:
+        raise ValueError(f"replicates must be at least 1, got {replicates}")
+    both = np.where(padding_mask(experts, reference.shape[2]), 0, np.stack([reference, other], axis=1))
+    shares = split_shares(both, experts)
+    residuals = _residuals(both, shares)
+    # a split pulls its run's share towards itself, the more the larger it is: as the jackknife, scale that back
+    part = both.sum(axis=3) / np.maximum(shares.totals, 1)
+    outlying = residuals / np.where(part < 1, 1 - part, np.nan)[..., None]
+    if paired:
+        noise = outlying[:, 1] - outlying[:, 0]
+        first, second = shares.share()
+        difference = second - first
+        held = np.where((shares.splits > 1).all(axis=0), shares.splits.min(axis=0), np.nan)[:, None]
+        error = np.sqrt(positive(np.square(noise).sum(axis=0) * (held - 1) / held))
+        p_value = 2 * stdtr(held - 1, -np.abs(difference) / error)
+    else:
+        noise = np.concatenate([outlying[:, 0], outlying[:, 1]])
+        contrast = contrast_of_two(shares)
+        difference, p_value = contrast.difference, contrast.p_value
+    layer_p_value, layer_p_corrected = _layer_tests(noise, shares, seed, replicates)
+    return Change(
+        layer_p_value=layer_p_value,
+        layer_p_corrected=layer_p_corrected,
+        difference=np.where(padding_mask(experts, reference.shape[2]), np.nan, difference),
+        p_value=p_value,
+        p_corrected=holm(p_value),
+        paired=paired,
+        replicates=replicates,
+        seed=seed,
+    )
+
+
+def all_distances(runs: Sequence[NDArray[np.float64]], experts: Sequence[int]) -> Distances:
+    """Distance of every run from every other.
+
+    Args:
+        runs: N arrays (L, E), counts or shares.
+        experts: (L,) routed experts; columns beyond a layer's number are ignored.
+
+    Returns:
+        Both distances as (N, N, L) float64, symmetric, 0 on the diagonal; NaN where a row sums to 0 or holds a NaN.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    shape = (len(runs), len(runs), len(experts))
+    divergence, variation = np.empty(shape), np.empty(shape)
+    for row, one in enumerate(runs):
+        for column, two in enumerate(runs[: row + 1]):
+            found = distances(one, two, experts)
+            divergence[row, column] = divergence[column, row] = found.jensen_shannon
+            variation[row, column] = variation[column, row] = found.total_variation
+    return Distances(divergence, variation)
+
+
+def _residuals(both: NDArray[np.int64], shares: SplitShares) -> NDArray[np.float64]:
+    """(S, 2, L, E) what each split adds to its run's share beyond its part; sums to 0 over splits."""
+    totals = positive(shares.totals)[:, :, None]
+    residuals: NDArray[np.float64] = (both - shares.counts / totals * both.sum(axis=3, keepdims=True)) / totals
+    return residuals
+
+
+def _layer_tests(
+    noise: NDArray[np.float64], shares: SplitShares, seed: int, replicates: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(L,) p-values, plain and corrected, of the distance between two runs against signed sums of `noise` (N, L, E)."""
+    first, second = shares.share()
+    scale = 1 / np.sqrt(np.where(first + second > 0, first + second, np.inf))
+    testable = shares.splits.min(axis=0) > 1
+    flat = np.where(testable[None, :, None], noise * scale, 0.0).reshape(len(noise), -1)
+    rng = np.random.default_rng(seed)
+    drawn = np.empty((replicates, len(testable)))
+    for start in range(0, replicates, 64):  # a few at a time: all would take many times the memory of the profile
+        block = drawn[start : start + 64]
+        signs = rng.choice([-1.0, 1.0], size=(len(block), len(noise)))
+        block[:] = np.square((signs @ flat).reshape(len(block), *scale.shape)).sum(axis=2)
+    observed = np.where(testable, np.square((second - first) * scale).sum(axis=1), np.nan)
+    level = positive(drawn.mean(axis=0))
+    largest = np.nan_to_num(drawn / level).max(axis=1)
+    plain = (1 + (drawn >= observed).sum(axis=0)) / (replicates + 1)
+    relative = observed / level
+    corrected = (1 + np.greater_equal.outer(largest, relative).sum(axis=0)) / (replicates + 1)
+    known = np.isfinite(relative)
+    return np.where(known, plain, np.nan), np.where(known, corrected, np.nan)
 
 
 def _distributions(values: NDArray[np.float64], experts: Sequence[int]) -> NDArray[np.float64]:

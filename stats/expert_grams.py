@@ -1,11 +1,9 @@
-"""All experts of a layer against all of another: inner products block by block, and the cosines they give."""
+"""All experts of a layer against all of another: the cosines that their inner products give."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from moescope.stats.expert_similarity import PARTS, Part
 
 CENTRED_NOISE = 1e-6
 """Square of what centring leaves of an expert of length 1, below which it is float32 rounding."""
@@ -47,73 +45,6 @@ class CentredPair:
     cosine: NDArray[np.float64]
 
 
-class LayerGram:
-    """Sums A Aᵀ of one layer over blocks A (E, n) of all its experts. State: 3·E² float64."""
-
-    def __init__(self, experts: int) -> None:
-        """Start at zero, for E `experts`."""
-        self.coordinates = [0] * len(PARTS)
-        self._total = np.zeros((len(PARTS), experts, experts))
-        self._spoilt = np.zeros(experts, dtype=np.bool_)
-
-    def add(self, part: Part, block: NDArray[np.float32]) -> None:
-        """Add the same coordinates of every expert.
-
-        Args:
-            part: the matrix the block is of.
-            block: (E, n) float32, any size, in any order.
-
-        Raises:
-            ValueError: if the block is not of E experts.
-        """
-        row = PARTS.index(part)
-        self._spoilt |= _add_product(self._total[row], block, block)
-        self.coordinates[row] += block.shape[1]
-
-    def finish(self) -> NDArray[np.float64]:
-        """(3, E, E) float64 by part; rows and columns of experts that are not finite in any part are NaN."""
-        return without_faults(self._total, self._spoilt)
-
-    def within_cosine(self) -> float:
-        """Mean cosine of two different experts of the layer; see `within_cosine`."""
-        return within_cosine(self.finish())
-
-
-class CrossMatch:
-    """Sums C = Σ_blocks A Bᵀ over blocks A, B (E, n) of two layers. State: 3·E² float64."""
-
-    def __init__(self, experts: int) -> None:
-        """Start at zero, for E `experts` in each layer."""
-        self.coordinates = [0] * len(PARTS)
-        self._total = np.zeros((len(PARTS), experts, experts))
-
-    def add(self, part: Part, left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
-        """Add the same coordinates of every expert of both layers.
-
-        Args:
-            part: the matrix the blocks are of.
-            left: (E, n) float32, of the first layer.
-            right: (E, n) float32, of the second.
-
-        Raises:
-            ValueError: if the blocks differ in shape or are not of E experts.
-        """
-        row = PARTS.index(part)
-        _add_product(self._total[row], left, right)
-        self.coordinates[row] += left.shape[1]
-
-    def finish(self, left: LayerGram, right: LayerGram) -> PairGrams:
-        """Join the sums with those of the two layers, which are collected once a layer and not once a pair.
-
-        Raises:
-            ValueError: if the three were not given the same number of coordinates.
-        """
-        counts = (left.coordinates, self.coordinates, right.coordinates)
-        if any(count != counts[0] for count in counts):
-            raise ValueError(f"layers and their pair saw different numbers of weights: {counts}")
-        return pair_grams(left.finish(), self._total, right.finish())
-
-
 def without_faults(total: NDArray[np.float64], spoilt: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Inner products within a layer (P, E, E), NaN for experts (E,) that are not finite or whose squares are not."""
     left_out = spoilt | ~np.isfinite(_diagonal(total)).all(axis=0)
@@ -152,9 +83,9 @@ def centre(grams: PairGrams) -> CentredPair:
 
     Every part of every expert is first scaled to length 1 (a zero part stays zero), so that no part and no expert makes
     up the mean by itself. Then the direction m of the layer's mean expert is projected out: ã_e = a_e − m ⟨a_e, m⟩/⟨m,
-    m⟩. Subtracting m, as `SameIndex` does, is this with ⟨a_e, m⟩ equal for all experts; where experts hold different
-    amounts of what is shared, subtraction leaves the difference, and layers that share m look alike. The ã of a layer
-    sum to zero.
+    m⟩. Subtracting m, as in `similarity_from_sums`, is this with ⟨a_e, m⟩ equal for all experts; where experts hold
+    different amounts of what is shared, subtraction leaves the difference, and layers that share m look alike. The ã of
+    a layer sum to zero.
 
     All inner products of ã follow from those of a, K_a = AAᵀ, C = ABᵀ: with k_a = K_a 1/(1ᵀK_a 1),
     ÃÃᵀ = K_a − k_a 1ᵀK_a and ÃB̃ᵀ = (I − k_a 1ᵀ) C (I − 1 k_bᵀ). Zero and non-finite experts are left out, and so are
@@ -212,26 +143,3 @@ def _without_mean(gram: NDArray[np.float64]) -> NDArray[np.float64]:
         return identity
     projection: NDArray[np.float64] = identity - shared[:, None] / total
     return projection
-
-
-def _add_product(
-    total: NDArray[np.float64], left: NDArray[np.float32], right: NDArray[np.float32]
-) -> NDArray[np.bool_]:
-    """Add A Bᵀ to `total` (E, E), non-finite experts as zero; (E,) true for those of `left`.
-
-    Raises:
-        ValueError: if the shapes do not fit.
-    """
-    if left.ndim != 2 or left.shape != right.shape or len(left) != len(total):
-        raise ValueError(
-            f"layers of different widths have no cosine: {left.shape}, {right.shape}, {len(total)} experts"
-        )
-    spoilt: NDArray[np.bool_] = np.logical_not(np.isfinite(left).all(axis=1))
-    first = np.where(spoilt[:, None], np.float32(0.0), left) if spoilt.any() else left
-    second = first
-    if right is not left:
-        other = np.logical_not(np.isfinite(right).all(axis=1))
-        second = np.where(other[:, None], np.float32(0.0), right) if other.any() else right
-    with np.errstate(over="ignore", invalid="ignore"):
-        total += first @ second.T
-    return spoilt

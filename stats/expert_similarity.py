@@ -1,4 +1,4 @@
-"""How alike the same expert's weights are in every two layers, summed up block by block over a checkpoint."""
+"""How alike the same expert's weights are in every two layers, from sums over a checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.stats.layout import check_ascending
 from moescope.stats.pairwise import by_distance
 
 Part = Literal["gate", "up", "down"]
@@ -85,101 +84,6 @@ class DistanceSimilarity:
         return values
 
 
-class SameIndex:
-    """Sums G_e = Σ_blocks X Xᵀ for every expert index e, X (L, n) being a block of expert e in all layers.
-
-    Trained experts of a layer share a mean, which alone makes cosines between layers. Centring takes it away: x̃_le =
-    x_le − m_l with m_l = (1/E) Σ_e x_le, the layer's mean expert, coordinate by coordinate. The mean of a block is
-    known when all experts of that block are at hand, so one pass is enough if it goes block by block (`add`), and not
-    if it goes expert by expert (`add_expert` without `mean`: raw cosines alone). An expert that is zero or not finite
-    within a block has no part in that block's mean.
-
-    Blocks may be of any size and come in any order. Products are float32, sums float64. State: 6·E·L² float64.
-    """
-
-    def __init__(self, layers: Sequence[int], experts: int) -> None:
-        """Start at zero.
-
-        Args:
-            layers: (L,) true model indices, ascending.
-            experts: E, the same in every layer.
-
-        Raises:
-            ValueError: if layers do not ascend, or there are no layers or experts.
-        """
-        check_ascending(layers)
-        if not layers or experts < 1:
-            raise ValueError(f"needs layers and experts, got {len(layers)} and {experts}")
-        self.layers = tuple(int(layer) for layer in layers)
-        self.experts = experts
-        shape = (len(PARTS), experts, len(layers))
-        self._raw = np.zeros((*shape, len(layers)))
-        self._centred = np.zeros((*shape, len(layers)))
-        self._non_finite = np.zeros(shape, dtype=np.bool_)
-        self._coordinates = np.zeros(shape[:2], dtype=np.int64)
-        self._with_mean = np.zeros(shape[:2], dtype=np.int64)
-
-    def add(self, part: Part, slab: NDArray[np.float32] | Sequence[NDArray[np.float32]]) -> None:
-        """Add the same coordinates of every expert in every layer.
-
-        Args:
-            part: the matrix the block is of.
-            slab: (L, E, n) float32, or L arrays (E, n); not written to.
-
-        Raises:
-            ValueError: if the layers' blocks differ in shape, or do not have L layers and E experts.
-        """
-        shapes = {layer.shape for layer in slab}
-        if len(shapes) > 1:
-            raise ValueError(f"layers of different widths have no cosine: {sorted(shapes)}")
-        block = np.asarray(slab, dtype=np.float32)
-        if block.ndim != 3 or block.shape[:2] != (len(self.layers), self.experts):
-            raise ValueError(f"needs ({len(self.layers)}, {self.experts}, n) weights, got {block.shape}")
-        mean = np.stack([block_mean(layer) for layer in block])
-        for expert in range(self.experts):
-            self.add_expert(part, expert, block[:, expert], mean)
-
-    def add_expert(
-        self, part: Part, expert: int, block: NDArray[np.float32], mean: NDArray[np.float32] | None = None
-    ) -> None:
-        """Add some coordinates of one expert in every layer.
-
-        Args:
-            part: the matrix the block is of.
-            expert: its index.
-            block: (L, n) float32; not written to.
-            mean: (L, n) float32, `block_mean` of each layer over the same coordinates; none: no centred cosine.
-
-        Raises:
-            ValueError: if a shape does not fit.
-        """
-        if block.ndim != 2 or len(block) != len(self.layers) or (mean is not None and mean.shape != block.shape):
-            raise ValueError(f"needs ({len(self.layers)}, n) weights and their mean, got {block.shape}")
-        row = PARTS.index(part)
-        spoilt: NDArray[np.bool_] = np.logical_not(np.isfinite(block).all(axis=1))
-        kept = np.where(spoilt[:, None], np.float32(0.0), block) if spoilt.any() else block
-        spoilt |= _add_gram(self._raw[row, expert], kept)
-        if mean is not None:
-            # A zero expert is left at zero; its cosines are blanked by its raw length.
-            self._with_mean[row, expert] += block.shape[1]
-            spoilt |= _add_gram(self._centred[row, expert], np.where(spoilt[:, None], np.float32(0.0), kept - mean))
-        self._coordinates[row, expert] += block.shape[1]
-        self._non_finite[row, expert] |= spoilt
-
-    def finish(self) -> ExpertSimilarity:
-        """Turn the sums into cosines; more blocks may follow.
-
-        Raises:
-            ValueError: if experts were given different numbers of coordinates.
-        """
-        uneven = [PARTS[row] for row, counts in enumerate(self._coordinates) if len(set(counts.tolist())) > 1]
-        if uneven:
-            raise ValueError(f"experts were given different numbers of weights: {', '.join(uneven)}")
-        uncentred = self._with_mean != self._coordinates
-        centred = np.where(uncentred[:, :, None, None], np.nan, self._centred)
-        return similarity_from_sums(self._raw, centred, self._non_finite, self.layers)
-
-
 def similarity_from_sums(
     raw: NDArray[np.float64],
     centred: NDArray[np.float64],
@@ -188,6 +92,10 @@ def similarity_from_sums(
     asked: NDArray[np.bool_] | None = None,
 ) -> ExpertSimilarity:
     """Turn sums of inner products into cosines.
+
+    Trained experts of a layer share a mean, which alone makes cosines between layers. Centring takes it away: x̃_le =
+    x_le − m_l with m_l = (1/E) Σ_e x_le, the layer's mean expert, coordinate by coordinate, over the experts that are
+    neither zero nor non-finite.
 
     Args:
         raw: (3, E, L, L) float64, ⟨x_le, x_me⟩ by part, symmetric.
@@ -215,23 +123,6 @@ def similarity_from_sums(
         unusable=unusable,
         layers=tuple(int(layer) for layer in layers),
     )
-
-
-def block_mean(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean expert of a block: of the experts that are neither zero nor non-finite in it.
-
-    Args:
-        block: (E, n) float32, the same coordinates of all experts of a layer.
-
-    Returns:
-        (n,) float32; zero if no expert is usable.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = np.einsum("en,en->e", block, block)
-    used = np.isfinite(square) & (square > 0)
-    total = (block if used.all() else block[used]).sum(axis=0, dtype=np.float64)
-    mean: NDArray[np.float32] = (total / max(int(used.sum()), 1)).astype(np.float32)
-    return mean
 
 
 def similarity_by_distance(
@@ -269,17 +160,6 @@ def _at_distance(delta: int, cosine: NDArray[np.float64]) -> DistanceSimilarity:
         std=float(values.std()) if values.size else float("nan"),
         num_pairs=int(finite.any(axis=1).sum()),
     )
-
-
-def _add_gram(total: NDArray[np.float64], block: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Add X Xᵀ of a block (L, n) to `total` (L, L); (L,) true for rows whose squares overflow, which are left out."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        gram = block @ block.T
-    overflown: NDArray[np.bool_] = ~np.isfinite(np.diagonal(gram))
-    if overflown.any():
-        gram = np.where(overflown[:, None] | overflown[None, :], np.float32(0.0), gram)
-    total += gram
-    return overflown
 
 
 def _cosine(gram: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -87,6 +87,11 @@ class WeightSimilarity:
         return similarity_by_distance(self.same_index.cosine, self.layers, self.deltas)
 
     @property
+    def centred_by_distance(self) -> tuple[DistanceSimilarity, ...]:
+        """The same of experts less the mean expert of their layer."""
+        return similarity_by_distance(self.same_index.centred, self.layers, self.deltas)
+
+    @property
     def unusable(self) -> tuple[UnusableExpert, ...]:
         """Experts without a cosine: zero, or not finite."""
         return self.same_index.unusable

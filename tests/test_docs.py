@@ -17,8 +17,6 @@ from moescope.viz.structured import schema
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-#: Named as what is to come, so that users of the earlier tool find them; not options yet.
-TO_COME = {"--enable-expert-similarity", "--n-jobs"}
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
@@ -42,18 +40,22 @@ def with_dashes(word: str) -> str:
 
 def problem(words: list[str]) -> str | None:
     """What the parser has against a command line, which is not run; None if nothing."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    if words[0] not in commands:
-        return f"no command {words[0]}"
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        if words[0] not in command.commands:
+            return f"no command {words[0]}"
+        command, words = command.commands[words[0]], words[1:]
     try:
-        commands[words[0]].make_context(words[0], [with_dashes(word) for word in words[1:]])
+        command.make_context("", [with_dashes(word) for word in words])
     except _UsageError as error:
         return str(error.format_message())
     return None
 
 
 def long_options(command: Any) -> set[str]:
-    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    """Options of a command and of the commands in it."""
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    return own.union(*(long_options(inner) for inner in getattr(command, "commands", {}).values()))
 
 
 COMMANDS = [(file.name, words) for file in DOCUMENTS for words in command_lines(file.read_text(encoding="utf-8"))]
@@ -72,6 +74,8 @@ def test_a_wrong_command_is_noticed() -> None:
     assert "'odf' is not one of" in str(problem(second))
     assert "No such option: --no" in str(problem(["info", "a", "--no"]))
     assert problem(["draw"]) == "no command draw"
+    assert problem(["trace", "draw"]) == "no command draw"
+    assert "No such option: --no" in str(problem(["trace", "head", "a", "--no"]))
 
 
 @pytest.mark.parametrize(
@@ -88,14 +92,13 @@ def test_commands_were_found_in_every_document_that_has_some() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
 def test_every_option_that_is_named_exists(document: Path) -> None:
     """Options in the text, in tables too: those of moescope, of the earlier tool's table, or of another program."""
-    commands = typer.main.get_command(app)
-    known = {name for command in (commands, *commands.commands.values()) for name in long_options(command)}  # type: ignore[attr-defined]
+    known = long_options(typer.main.get_command(app))
     text = document.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     spans = re.findall(r"`([^`]+)`", prose)
     named = {name.replace("_", "-") for span in spans for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     elsewhere = {"--top-p", "--no-sample"} if document.name == "coming-from-the-old-tool.md" else set()
-    assert named - known - TO_COME - elsewhere == set()
+    assert named - known - elsewhere == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.name)
@@ -143,7 +146,13 @@ def test_the_script_runs(tmp_path: Path) -> None:
     told = run(out)
     assert "Δ = 4   mean r = +0.8" in told
     assert "bits, noise" in told
-    for name in ("report/report.html", "by_domain/comparison.json", "tables/experts.csv", "profile.safetensors"):
+    for name in (
+        "report/report.html",
+        "by_domain/comparison.json",
+        "tables/experts.csv",
+        "weights/weights.html",
+        "profile.safetensors",
+    ):
         assert (out / name).stat().st_size > 0
     figures = {file.stem for file in (out / "figures").glob("*.html")}
     assert {
@@ -153,7 +162,9 @@ def test_the_script_runs(tmp_path: Path) -> None:
         "tokens",
         "activation_of_a_domain",
         "difference_by_domain",
+        "expert_layers",
     } <= figures
+    assert "Same index: in 8 of 8 matched pairs of layers" in told
     assert "My own title" in (out / "figures" / "correlation.html").read_text(encoding="utf-8")
     data = json.loads((out / "report" / "analysis_data.json").read_text(encoding="utf-8"))
     assert data["router_similarity"]["row_cosine"][0][3] > 0.9

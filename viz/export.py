@@ -1,4 +1,4 @@
-"""A profile in the formats that other tools read: structured data, tables, the earlier tool's file, TensorBoard."""
+"""A profile in the formats that other tools read: structured data, tables, TensorBoard, load balancers, and more."""
 
 import csv
 import gc
@@ -16,19 +16,37 @@ from uuid import uuid4
 import numpy as np
 
 from moescope.stats.activation import Measure
+from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.analysis import analyze
 from moescope.viz.errors import ExportError, require
 from moescope.viz.events import SUFFIX, write_events
+from moescope.viz.expert_load import eplb, sglang
 from moescope.viz.parity import parity_data
 from moescope.viz.report_data import ReportData
 from moescope.viz.structured import SUFFIXES, StructuredFormat, analysis_data, encode
-from moescope.viz.tables import NAMES, Table, metadata, tables
+from moescope.viz.tables import NAMES, Table, calibration, metadata, pruning, tables
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
     from moescope.profiler.sidecars import RouterTables
 
-ExportFormat = Literal["json", "jsonl", "pickle", "csv", "xlsx", "parquet", "parity", "tensorboard"]
+ExportFormat = Literal[
+    "json",
+    "jsonl",
+    "pickle",
+    "csv",
+    "xlsx",
+    "parquet",
+    "parity",
+    "tensorboard",
+    "eplb",
+    "sglang",
+    "pruning",
+    "calibration",
+]
+
+#: Tokens that an expert should see in `calibration`, unless told otherwise.
+LEAST_TOKENS: Final = 128
 
 #: Formats written as a folder, with the names in it that a later export may replace or remove.
 FOLDERS: Final[dict[ExportFormat, Callable[[str], bool]]] = {
@@ -36,6 +54,9 @@ FOLDERS: Final[dict[ExportFormat, Callable[[str], bool]]] = {
     "parquet": lambda name: name in {f"{table}.parquet" for table in NAMES},
     "tensorboard": lambda name: name.startswith("events.out.tfevents.") and name.endswith(SUFFIX),
 }
+
+#: Formats that need no statistics of the whole profile.
+_COUNTS_ALONE: Final = ("eplb", "sglang", "pruning", "calibration")
 
 SHEET_ROWS: Final = 1_048_576
 SHEET_TEXT: Final = 32_767
@@ -69,11 +90,15 @@ def export(
     permutations: int | None = None,
     routed_scaling_factor: float | None = None,
     routers: "RouterTables | None" = None,
+    weights: WeightSimilarity | None = None,
+    least_tokens: int | None = None,
 ) -> Exported:
     """Write a profile and its statistics in another format; the output appears whole or not at all.
 
     `json`, `jsonl`, `pickle` and `parity` are one file, `xlsx` a file with a sheet for each table; `csv` and
-    `parquet` are a folder with a file for each table, `tensorboard` a folder with an event file.
+    `parquet` are a folder with a file for each table, `tensorboard` a folder with an event file. What load
+    balancers, pruning and quantisation take is one file: `eplb` safetensors, `sglang` JSON, `pruning` and `calibration`
+    csv; see `moescope.viz.expert_load` and `moescope.viz.tables`.
 
     Args:
         profile: A checked profile.
@@ -86,6 +111,8 @@ def export(
         permutations: See `analyze`; for the structured data alone.
         routed_scaling_factor: See `parity_data`; for that format alone.
         routers: Router weights that were compared, for the structured data; see `moescope.profiler.sidecars`.
+        weights: What the experts' weights say, for the structured data.
+        least_tokens: Tokens that an expert should see; for `calibration` alone; None is `LEAST_TOKENS`.
 
     Raises:
         ExportError: The output exists, an optional package is missing, the profile does not hold what is asked for,
@@ -101,8 +128,26 @@ def export(
     structured = export_format in SUFFIXES
     if permutations is not None and not structured:
         raise ExportError(f"--permutations belongs to --format json, jsonl and pickle, not to {export_format}")
+    if measure is not None and export_format in _COUNTS_ALONE:
+        raise ExportError(f"--measure does not apply to --format {export_format}, which rests on selection counts")
+    if least_tokens is not None and export_format != "calibration":
+        raise ExportError(f"--least-tokens belongs to --format calibration, not to {export_format}")
+    if least_tokens is not None and least_tokens < 1:
+        raise ExportError(f"--least-tokens must be 1 or more, not {least_tokens}")
     check_target(path, export_format, force=force)
 
+    if export_format in _COUNTS_ALONE:
+        with _whole(path) as temporary:
+            match export_format:
+                case "eplb":
+                    temporary.write_bytes(eplb(profile))
+                case "sglang":
+                    temporary.write_bytes(sglang(profile))
+                case "pruning":
+                    _write_csv(pruning(profile), temporary)
+                case "calibration":
+                    _write_csv(calibration(profile, least_tokens or LEAST_TOKENS), temporary)
+        return Exported(path)
     if export_format == "parity":
         data = parity_data(
             profile,
@@ -121,6 +166,7 @@ def export(
             intervals=intervals,
             delta_max=delta_max,
             routers=routers,
+            weights=weights,
             permutations=permutations if structured else 0,
         )
     except ValueError as error:

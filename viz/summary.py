@@ -7,12 +7,14 @@ from textwrap import wrap
 
 from moescope.stats.activation import LayerLoad
 from moescope.stats.nulls import LayerNulls
+from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.activation import NAMES
 from moescope.viz.certainty import distance_finding, period_finding, reliability_finding
 from moescope.viz.findings import caution
 from moescope.viz.report_data import ReportData
 from moescope.viz.theme import clip, printable
-from moescope.viz.wording import by_layer, index_ranges
+from moescope.viz.weight_findings import verdict_in_words, weight_findings
+from moescope.viz.wording import by_layer, in_bytes, index_ranges
 
 WIDTH = 100
 LABEL = 16
@@ -28,6 +30,7 @@ def summary_text(report: ReportData) -> str:
         section("How sure", _certainty(report)),
         section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
         section("Expert load", _load(report)),
+        *([section("Experts' weights", _weights(report.weights))] if report.weights is not None else ()),
     ]
     return "\n".join(["moescope summary", "=" * len("moescope summary"), "", "\n\n".join(sections), ""])
 
@@ -145,6 +148,15 @@ def _load(report: ReportData) -> list[str]:
         "",
         f"{'layer':>7}{'experts':>9}{'max/mean':>10}{'dead':>6}  dead expert ids",
         *(_load_line(load) for load in report.loads),
+    ]
+
+
+def _weights(result: WeightSimilarity) -> list[str]:
+    """What the experts' weights say, without a model being run."""
+    found = [verdict_in_words(result), *weight_findings(result)]
+    return [
+        *field("read", f"{in_bytes(result.coverage.bytes_read)} of {in_bytes(result.coverage.bytes_total)}"),
+        *(line for sentence in found for line in field("finding", sentence)),
     ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.layout import padding_mask
+from moescope.stats.use import expert_coverage
 from moescope.viz.report_data import ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
@@ -59,7 +60,7 @@ class Table:
     """A table whose columns have one length.
 
     Attributes:
-        name: one of `NAMES`.
+        name: one of `NAMES`, or `pruning` or `calibration`.
         columns: its variables.
     """
 
@@ -255,6 +256,89 @@ def _coactivation(profile: "RoutingProfile", pairs: NDArray[np.int64]) -> Table:
             _integer("count", pairs[slots, first, second], "tokens that chose both; pairs with 0 are left out"),
         ),
     )
+
+
+def pruning(profile: "RoutingProfile") -> Table:
+    """One row an expert of a layer, in order of the routing weight that it carries, least first.
+
+    How often and how heavily an expert is used says what pruning costs at least; what it computes is not in a profile.
+
+    Args:
+        profile: A checked profile.
+    """
+    slots, experts = np.nonzero(_inside(profile))
+    layers = np.asarray(profile.model.layer_indices)[slots]
+    counts = profile.selection_counts.sum(axis=(0, 1))
+    weights = profile.weight_sums.sum(axis=(0, 1))
+    frequency, weight = _shares(counts), _shares(weights)
+    by_domain = _shares(profile.selection_counts.sum(axis=1))
+    best = np.argmax(np.nan_to_num(by_domain, nan=-1.0), axis=0)
+    order = np.lexsort((experts, counts[slots, experts], weights[slots, experts], slots))
+    slots, experts, layers = slots[order], experts[order], layers[order]
+    before = np.searchsorted(slots, slots)
+    running = np.cumsum(np.nan_to_num(weight[slots, experts]))
+    lost = running - (running - np.nan_to_num(weight[slots, experts]))[before]
+    domain = best[slots, experts]
+    return Table(
+        "pruning",
+        (
+            _integer("layer", layers, "true index of the layer in the model"),
+            _integer("rank", np.arange(len(slots)) - before + 1, "place in the layer; 1 carries the least weight"),
+            _integer("expert", experts, "logical id of the expert"),
+            _integer("selections", counts[slots, experts], "times the expert was among a token's top-k"),
+            _number("selection_frequency", frequency[slots, experts], "c/(k·T), share of the layer's selections"),
+            _number("weight_share", weight[slots, experts], "share of the layer's summed routing weight"),
+            _number(
+                "weight_share_up_to_here",
+                np.where(np.isfinite(weight[slots, experts]), lost, np.nan),
+                "share of the layer's weight that this and all experts before it carry",
+            ),
+            _number(
+                "mean_weight",
+                weights[slots, experts] / np.where(counts > 0, counts, np.nan)[slots, experts],
+                "routing weight of a selection, on average; empty: never selected",
+            ),
+            _text("top_domain", _objects(profile.domains)[domain], "domain that uses the expert most"),
+            _number("top_domain_frequency", by_domain[domain, slots, experts], "share of that domain's selections"),
+        ),
+    )
+
+
+def calibration(profile: "RoutingProfile", minimum: int) -> Table:
+    """One row an expert that fewer than `minimum` tokens reached, fewest first.
+
+    Args:
+        profile: A checked profile.
+        minimum: Tokens that each expert should see.
+    """
+    model = profile.model
+    found = expert_coverage(
+        profile.selection_counts.sum(axis=(0, 1)), profile.tokens, minimum, model.experts, model.layer_indices
+    )
+    slots, experts = np.nonzero(found.short)
+    order = np.argsort(found.seen[slots, experts], kind="stable")
+    slots, experts = slots[order], experts[order]
+    return Table(
+        "calibration",
+        (
+            _integer("layer", np.asarray(model.layer_indices)[slots], "true index of the layer in the model"),
+            _integer("expert", experts, "logical id of the expert"),
+            _integer("tokens", found.seen[slots, experts], "tokens that reached the expert"),
+            _integer("short", found.short[slots, experts], "tokens that it lacks"),
+            _number(
+                "more_tokens",
+                found.more_tokens[slots, experts],
+                "further tokens of the same prompts' kind to run until it has enough; empty: none has reached it",
+            ),
+        ),
+    )
+
+
+def _shares(sums: NDArray[Any]) -> NDArray[np.float64]:
+    """(…, L, E) each over its row's sum; NaN where that is 0."""
+    totals = sums.sum(axis=-1, keepdims=True, dtype=np.float64)
+    shares: NDArray[np.float64] = sums / np.where(totals > 0, totals, np.nan)
+    return shares
 
 
 def _descriptions(found: list[Table]) -> Table:

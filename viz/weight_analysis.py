@@ -14,6 +14,7 @@ from moescope.stats.expert_matching import ExpertMatch, LayerPair, match_experts
 from moescope.stats.expert_similarity import UnusableExpert, similarity_from_sums
 from moescope.stats.similarity import similarity_at_distances
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
+from moescope.viz.wording import in_bytes, index_ranges, minute
 
 if TYPE_CHECKING:
     from moescope.profiler.weight_files import WeightRecord, WeightRun
@@ -22,6 +23,35 @@ _WORTH_A_PROCESS = 64
 """Experts of a layer from which on drawing a pair's nulls takes longer than starting a process."""
 
 _NO_TABLE = np.empty((0, 0))
+
+
+def analyze_weights(record: "WeightRecord", n_jobs: int = 1) -> WeightSimilarity | WeightChange:
+    """Compute what the sums of `moescope.weigh` say.
+
+    Args:
+        record: Sums of a pass over one checkpoint, or over one against another.
+        n_jobs: Pairs of layers that are matched at a time. More than one are matched in processes of their own, which
+            start as those of `multiprocessing` do: a script then needs its `if __name__ == "__main__":`.
+    """
+    return (weight_similarity if record.run.against is None else weight_change)(record, n_jobs)
+
+
+def about(run: "WeightRun") -> dict[str, str]:
+    """What a pass has read and kept, in words."""
+    sketch = f", a sketch: {run.coordinates:,} of {run.coordinates_total:,} weights of each expert"
+    compared = "all pairs" if run.all_pairs else f"those Δ = {', '.join(map(str, run.deltas))} apart"
+    return {
+        "model": f"{run.model} ({run.architecture})",
+        **({} if run.against is None else {"against": run.against}),
+        "MoE layers": f"{len(run.layers)} ({index_ranges(run.layers)})",
+        "experts": f"{run.experts}, each {run.hidden:,} × {run.width:,}, stored as {', '.join(run.dtypes)}",
+        "read": f"{in_bytes(run.bytes_read)} of {in_bytes(run.bytes_total)}"
+        + sketch * (run.coordinates < run.coordinates_total),
+        "pairs": f"{compared} compared, {len(run.pairs)} matched"
+        if run.against is None
+        else f"{len(run.pairs)} matched",
+        "measured": f"{minute(run.created)}, {run.engine}",
+    }
 
 
 def weight_similarity(record: "WeightRecord", n_jobs: int = 1) -> WeightSimilarity:

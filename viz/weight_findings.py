@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.expert_matching import Kind, PairVerdict, Verdict
-from moescope.stats.expert_similarity import PARTS, DistanceSimilarity, UnusableExpert, similarity_by_distance
+from moescope.stats.expert_similarity import PARTS, DistanceSimilarity, UnusableExpert
 from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
 from moescope.viz.weights import clearest_first
+from moescope.viz.wording import signed
 
 ALIKE, APART = 0.5, 0.1
 """Mean cosine of two experts of a layer from which they are called alike, and up to which apart: a rule of thumb."""
@@ -21,6 +22,7 @@ SHARED = 0.1
 MOST_NAMED = 12
 """Unusable experts named one by one."""
 MOST_DISTANCES = 4
+"""Distances named one by one, those with the highest cosine."""
 
 MEANING: dict[Kind, str] = {
     "same index": "experts keep their index and neurons their order",
@@ -61,9 +63,14 @@ def verdict_in_words(result: WeightSimilarity | WeightChange) -> str:
     return f"{text}."
 
 
-def weight_findings(result: WeightSimilarity | WeightChange) -> list[str]:
-    """Sentences for the head of a page: what a careful reader asks first; the verdict itself is `verdict_in_words`."""
-    found = _change(result) if isinstance(result, WeightChange) else _similarity(result)
+def weight_findings(result: WeightSimilarity | WeightChange, *, by_distance: bool = True) -> list[str]:
+    """Sentences for the head of a page: what a careful reader asks first; the verdict itself is `verdict_in_words`.
+
+    Args:
+        result: the results.
+        by_distance: False leaves out the sentence on each distance, for where a table says the same.
+    """
+    found = _change(result) if isinstance(result, WeightChange) else _similarity(result, by_distance)
     return [sentence for sentence in (*found, _unusable(result.unusable), _coverage(result.coverage)) if sentence]
 
 
@@ -75,10 +82,10 @@ def pairs_by_distance(found: Verdict) -> dict[int, tuple[int, int]]:
     return {delta: (related[delta], counts[delta]) for delta in sorted(counts)}
 
 
-def _similarity(result: WeightSimilarity) -> list[str]:
+def _similarity(result: WeightSimilarity, each_distance: bool) -> list[str]:
     return [
         _stacked(result),
-        _same_index(result),
+        _same_index(result) if each_distance else "",
         _peak(result),
         _within(result),
         _amount_matched(result),
@@ -123,12 +130,14 @@ def _period(related: Sequence[int], tested: Sequence[int]) -> str:
 
 def _same_index(result: WeightSimilarity) -> str:
     """Mean cosine at each distance, raw and centred, beside the null level of the matched pairs."""
-    centred = similarity_by_distance(result.same_index.centred, result.layers, result.deltas)
-    measured = [(raw, own) for raw, own in zip(result.by_distance, centred, strict=True) if raw.num_pairs]
+    both = zip(result.by_distance, result.centred_by_distance, strict=True)
+    measured = [(raw, own) for raw, own in both if raw.num_pairs]
     if not measured:
         return "No two layers at the distances asked for have experts that can be compared."
-    listed = "; ".join(_at_distance(result, raw, own) for raw, own in measured[:MOST_DISTANCES])
-    more = f"; {len(measured) - MOST_DISTANCES} more distances below" if len(measured) > MOST_DISTANCES else ""
+    highest = sorted(measured, key=lambda both: -np.nan_to_num(both[1].mean, nan=both[0].mean))[:MOST_DISTANCES]
+    listed = "; ".join(_at_distance(result, raw, own) for raw, own in measured if (raw, own) in highest)
+    left_out = len(measured) - len(highest)
+    more = f"; lower at the other {left_out} distances" if left_out else ""
     gap = max((raw.mean - own.mean for raw, own in measured if own.num_pairs), default=0.0)
     shared = (
         " The raw cosine may come from a mean that all experts share; the centred one is what counts."
@@ -139,15 +148,16 @@ def _same_index(result: WeightSimilarity) -> str:
 
 
 def _at_distance(result: WeightSimilarity, raw: DistanceSimilarity, centred: DistanceSimilarity) -> str:
-    second = f"{_signed(centred.mean)} centred" if centred.num_pairs else "not centred"
+    second = f"{signed(centred.mean)} centred" if centred.num_pairs else "not centred"
     nulls = [
         pair.weights.same_index
         for pair in result.matches
         if pair.second - pair.first == raw.delta and pair.weights is not None and pair.weights.same_index is not None
     ]
     mean, spread = (float(np.mean([getattr(null, name) for null in nulls] or 0.0)) for name in ("mean", "std"))
-    null = f", by chance {_signed(mean)} ± {spread:.3f} for one pair" if nulls else ""
-    return f"Δ = {raw.delta}: {_signed(raw.mean)} raw, {second}{null} ({raw.num_pairs} pairs of layers)"
+    pairs = "pair" if raw.num_pairs == 1 else "pairs"
+    null = f", by chance {signed(mean)} ± {spread:.3f} for one pair" if nulls else ""
+    return f"Δ = {raw.delta}: {signed(raw.mean)} raw, {second}{null} ({raw.num_pairs} {pairs} of layers)"
 
 
 def _peak(result: WeightSimilarity) -> str:
@@ -162,8 +172,8 @@ def _peak(result: WeightSimilarity) -> str:
     best = int(np.argmax(means))
     return (
         f"Over the {len(usable)} distances with two pairs of layers or more, the centred cosine of the same expert "
-        f"is highest at Δ = {deltas[usable[best]]} ({_signed(means[best])}); at the median distance it is "
-        f"{_signed(median(means))}. This by itself is not a test."
+        f"is highest at Δ = {deltas[usable[best]]} ({signed(means[best])}); at the median distance it is "
+        f"{signed(median(means))}. This by itself is not a test."
     )
 
 
@@ -181,8 +191,8 @@ def _within(result: WeightSimilarity) -> str:
     else:
         meaning = "they share a part, as upcycling leaves it, but training side by side does, too"
     return (
-        f"Two different experts of one layer have mean cosine {_signed(middle)} in the median layer, from "
-        f"{_signed(result.within[low])} in layer {result.layers[low]} to {_signed(result.within[high])} in layer "
+        f"Two different experts of one layer have mean cosine {signed(middle)} in the median layer, from "
+        f"{signed(result.within[low])} in layer {result.layers[low]} to {signed(result.within[high])} in layer "
         f"{result.layers[high]}: {meaning}."
     )
 
@@ -285,11 +295,6 @@ def _has_features(result: WeightSimilarity) -> bool:
 def _median(matrix: NDArray[np.float64]) -> float:
     finite = matrix[np.isfinite(matrix)]
     return float(np.median(finite)) if finite.size else float("nan")
-
-
-def _signed(value: float) -> str:
-    """Three decimals with a sign, without a negative zero."""
-    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def _percent(share: float) -> str:

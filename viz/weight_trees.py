@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.expert_matching import ExpertMatch, LayerPair, Null, PairVerdict, Verdict
-from moescope.stats.expert_similarity import PARTS, UnusableExpert, similarity_by_distance
+from moescope.stats.expert_similarity import PARTS, UnusableExpert
 from moescope.stats.pairwise import finite_mean
 from moescope.stats.similarity import RouterSimilarity
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
@@ -39,7 +39,6 @@ def expert_tree(result: WeightSimilarity | None) -> dict[str, Any]:
     if result is None:
         return {"by_distance": None, "reason": NO_EXPERTS}
     same = result.same_index
-    centred = similarity_by_distance(same.centred, result.layers, result.deltas)
     return {
         "layer_indices": result.layers,
         "num_experts": result.experts,
@@ -55,7 +54,7 @@ def expert_tree(result: WeightSimilarity | None) -> dict[str, Any]:
                 "cosine": raw.cosine,
                 "centred_cosine": own.cosine,
             }
-            for raw, own in zip(result.by_distance, centred, strict=True)
+            for raw, own in zip(result.by_distance, result.centred_by_distance, strict=True)
         },
         "layer_similarity": {
             "cosine": finite_mean(same.cosine, axis=0),

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moescope.stats.expert_matching import ExpertMatch, LayerPair, PairVerdict, Verdict
-from moescope.stats.expert_similarity import DistanceSimilarity, similarity_by_distance
+from moescope.stats.expert_similarity import DistanceSimilarity
 from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz import theme
@@ -106,7 +106,7 @@ def expert_layer_heatmap(result: WeightSimilarity, subject: str = "") -> go.Figu
     centred = bool(np.isfinite(similarity.centred).any())
     parts = similarity.part_centred if centred else similarity.part_cosine
     suffix = ", centred" if centred else ""
-    views = {"Raw": similarity.cosine, "Centred": similarity.centred} | {
+    views = {"Centred": similarity.centred, "Raw": similarity.cosine} | {
         f"{name}{suffix}": part for name, part in zip(("Gate", "Up", "Down"), parts, strict=True)
     }
     apart = ~np.eye(len(similarity.layers), dtype=np.bool_)
@@ -236,7 +236,7 @@ def clearest_first(verdict: Verdict) -> list[int]:
 def _distance_views(result: WeightSimilarity) -> Iterator[_DistanceView]:
     """Raw and centred cosines at each distance that is asked for and has any."""
     raw = result.by_distance
-    centred = similarity_by_distance(result.same_index.centred, result.layers, result.deltas)
+    centred = result.centred_by_distance
     for pair in zip(raw, centred, strict=True):
         for name, similarity in zip(("raw", "centred"), pair, strict=True):
             if similarity.num_pairs:

@@ -122,8 +122,8 @@ def expert_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure]) 
             "expert-layers",
             "Expert similarity between layers",
             "Mean over experts of the cosine at the same index, for two layers: stripes beside the diagonal are layers "
-            "that repeat. Look at the centred view first. The colour range is that of the pairs off the diagonal; grey "
-            "pairs were not compared.",
+            "that repeat. The raw view may show no more than a mean that all experts share. The colour range is that "
+            "of the pairs off the diagonal; grey pairs were not compared.",
             figures["expert_layer_similarity.html"],
             680,
             page="expert_layer_similarity.html",

@@ -45,6 +45,11 @@ def minute(created: str) -> str:
         return created
 
 
+def signed(value: float) -> str:
+    """Three decimals with a sign, without a negative zero."""
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
 def in_bytes(count: int) -> str:
     """A number of bytes in the largest unit that it fills: `6.0 GB`; powers of 1000."""
     units = ("bytes", "kB", "MB", "GB", "TB")

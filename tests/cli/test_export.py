@@ -17,7 +17,7 @@ from moescope.viz.analysis import analyze
 from moescope.viz.structured import analysis_data
 
 FOLDERS = ("csv", "parquet", "tensorboard")
-FORMATS = ("json", "jsonl", "pickle", "xlsx", "parity", *FOLDERS)
+FORMATS = ("json", "jsonl", "pickle", "xlsx", "parity", "pruning", "calibration", *FOLDERS)
 
 
 @pytest.fixture
@@ -65,7 +65,8 @@ def test_measure_intervals_and_distance_act(cli: Cli, saved: Path) -> None:
     [
         (
             ["--format", "xml", "-o", "a"],
-            "'json', 'jsonl', 'pickle', 'csv', 'xlsx', 'parquet', 'parity', 'tensorboard'",
+            "'json', 'jsonl', 'pickle', 'csv', 'xlsx', 'parquet', 'parity', 'tensorboard', "
+            "'eplb', 'sglang', 'pruning', 'calibration'",
         ),
         (["-o", "a"], "--format"),
         (["--format", "xlsx", "-o", "a"], "write -o a.xlsx"),
@@ -76,6 +77,9 @@ def test_measure_intervals_and_distance_act(cli: Cli, saved: Path) -> None:
         (["--format", "json", "-o", "one.safetensors/a"], "cannot write one.safetensors/a: "),
         (["--format", "json", "-o", "a", "--routed-scaling-factor", "2"], "belongs to --format parity"),
         (["--format", "parity", "-o", "a", "--measure", "weight"], "--measure does not apply"),
+        (["--format", "sglang", "-o", "a"], "write -o a.json"),
+        (["--format", "sglang", "-o", "a.json"], "layers of one number of experts"),
+        (["--format", "json", "-o", "a", "--least-tokens", "9"], "belongs to --format calibration"),
         (["--format", "json", "-o", "a", "--periodic-intervals", "0"], "--periodic-intervals"),
         (["--format", "json", "-o", "a", "two.safetensors", "two.safetensors"], "counted only once"),
         (["--format", "json", "-o", "a", "none.safetensors"], "No such file: none.safetensors"),

@@ -9,12 +9,19 @@ import pytest
 import torch
 from checkpoint_files import QWEN, per_expert, write
 from command import Cli
+from safetensors.torch import save_file
 
 from moescope.profiler import weight_pass, weight_slabs
-from moescope.profiler.weight_files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, load_weights
+from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME
+from moescope.profiler.weight_files import load_weights
+from moescope.viz.pages import LIBRARY
 from moescope.viz.weight_analysis import weight_similarity
+from moescope.viz.weight_findings import verdict_in_words
+from moescope.viz.weights_report import DATA_NAME, EXPERT_PAGES, PAGE_NAME
 
 CONFIG = {**QWEN, "num_hidden_layers": 3}
+ROUTER_PAGES = ("router_similarity_matrix.html", "router_norm_correlation.html")
+WRITTEN = {WEIGHTS_NAME, PAGE_NAME, DATA_NAME, LIBRARY, *EXPERT_PAGES, *ROUTER_PAGES}
 
 
 @pytest.fixture
@@ -26,24 +33,32 @@ def tiny(tmp_path: Path) -> Path:
 def test_the_demo_is_told_from_its_control(cli: Cli) -> None:
     done = cli("weights", "demo:stacked", "-o", "stacked", "--delta", "4", "--n-jobs", 1)
     assert done.code == 0
-    assert "Δ = 4   mean cosine of the same expert +0.955" in done.out
-    assert "same index: 8 of 8 layer pairs" in done.out
-    assert done.out.splitlines()[-1] == f"Wrote {Path('stacked') / WEIGHTS_NAME}"
-    assert os.listdir("stacked") == [WEIGHTS_NAME]
+    assert "Δ = 4   cosine of the same expert +0.955, +0.955 centred, over 8 pairs of layers" in done.out
+    assert "Same index: in 8 of 8 matched pairs of layers" in done.out
+    assert done.out.splitlines()[-1] == f"Wrote {Path('stacked') / WEIGHTS_NAME} and weights.html beside it"
+    assert set(os.listdir("stacked")) == WRITTEN
+    page = Path("stacked", "weights.html").read_text(encoding="utf-8")
+    assert "<title>Weight similarity in demo:stacked</title>" in page
     found = weight_similarity(load_weights(Path("stacked") / WEIGHTS_NAME))
     assert found.verdict is not None
-    assert str(found.verdict) in done.out
+    assert found.verdict.kind == "same index"
+    assert verdict_in_words(found) in done.out
+    assert verdict_in_words(found) in page
     control = cli("weights", "demo:control", "--sketch", "--delta", "4,8", "--match-pairs", 4)
     assert control.code == 0
-    assert "none: 4 layer pairs" in control.out
-    assert "a sample: " in control.out
+    assert "None: no relation in 4 matched pairs of layers" in control.out
+    assert "This is a sketch" in control.out
 
 
 def test_two_checkpoints(cli: Cli, tiny: Path) -> None:
     done = cli("weights", tiny, "--against", tiny, "--layers", "0-1", "--match-pairs", 0, "-o", "out")
     assert done.code == 0
     assert "2 MoE layers, 3 experts" in done.out
-    assert "mean cosine of the same expert +1.000000, mean relative change 0\n" in done.out
+    assert "No expert has changed: the weights are the same." in done.out
+    assert "No layers were matched, so no relation was tested." in done.out
+    data = json.loads(Path("out", "weights.json").read_bytes())
+    assert data["metadata"]["model_id"] == data["metadata"]["against_id"] == str(tiny)
+    assert np.all(np.array(data["expert_change"]["relative_change"]) == 0)
 
 
 def test_an_interrupted_pass_is_resumed(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +83,7 @@ def test_an_interrupted_pass_is_resumed(cli: Cli, tiny: Path, monkeypatch: pytes
     assert "other settings than these" in cli("weights", tiny, "-o", "out", "--resume", "--delta", "1").error
     resumed = cli("weights", tiny, "-o", "out", "--resume")
     assert resumed.code == 0
-    assert os.listdir("out") == [WEIGHTS_NAME]
+    assert set(os.listdir("out")) == WRITTEN
     one, other = (load_weights(Path(folder) / WEIGHTS_NAME) for folder in ("whole", "out"))
     assert one.raw is not None
     assert other.raw is not None
@@ -86,7 +101,7 @@ def test_weights_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None
     assert done.error.endswith(
         "weights that are not finite, left out of the results: layer 1 expert 0, layer 1 expert 2"
     )
-    assert f"Wrote {Path('out') / WEIGHTS_NAME}" in done.out
+    assert f"Wrote {Path('out') / WEIGHTS_NAME} and weights.html beside it" in done.out
     found = weight_similarity(load_weights(Path("out") / WEIGHTS_NAME))
     assert [(expert.layer, expert.expert) for expert in found.unusable] == [(1, 0), (1, 2)]
 
@@ -154,3 +169,13 @@ def test_damaged_files(cli: Cli, tiny: Path) -> None:
     for file in tiny.glob("*.safetensors*"):
         file.unlink()
     assert "has no weights in safetensors files" in error()
+
+
+def test_a_dense_model_is_named_as_one(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"model.layers.0.mlp.up_proj.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    done = cli("weights", folder)
+    assert done.code == 2
+    assert done.error.endswith("none is of a router or of experts, as in a dense model")

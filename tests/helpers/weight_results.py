@@ -5,10 +5,11 @@ from itertools import combinations
 from typing import Literal
 
 import numpy as np
+from weight_sums import grams, same_index, within
 
-from moescope.stats.expert_grams import CrossMatch, LayerGram, PairGrams
+from moescope.stats.expert_grams import within_cosine
 from moescope.stats.expert_matching import LayerPair, Verdict, match_experts, verdict
-from moescope.stats.expert_similarity import PARTS, Part, SameIndex, UnusableExpert
+from moescope.stats.expert_similarity import PARTS, Part, UnusableExpert
 from moescope.stats.similarity import router_similarity
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
 
@@ -46,20 +47,6 @@ def draw_model(origin: Origin, depth: int, experts: int, size: int, seed: int = 
     return layers
 
 
-def gram(layer: Layer) -> LayerGram:
-    found = LayerGram(len(layer["gate"]))
-    for part in PARTS:
-        found.add(part, layer[part])
-    return found
-
-
-def grams(one: Layer, other: Layer) -> PairGrams:
-    cross = CrossMatch(len(one["gate"]))
-    for part in PARTS:
-        cross.add(part, one[part], other[part])
-    return cross.finish(gram(one), gram(other))
-
-
 def matched(
     pairs: Sequence[tuple[int, int, Layer, Layer]], draws: int = DRAWS, alpha: float = ALPHA
 ) -> tuple[tuple[LayerPair, ...], Verdict | None]:
@@ -92,9 +79,6 @@ def weight_similarity(
     if zero is not None:
         for part in PARTS:
             model[zero[0]][part][zero[1]] = 0.0
-    same = SameIndex(layers, experts)
-    for part in PARTS:
-        same.add(part, np.stack([layer[part] for layer in model]))
     chosen = combinations(range(len(layers)), 2) if pairs is None else pairs
     matches, found = matched(
         [(layers[i], layers[j], model[i], model[j]) for i, j in chosen] if match else [], draws, alpha
@@ -110,8 +94,8 @@ def weight_similarity(
         dtypes=("bfloat16",),
         deltas=tuple(deltas),
         routers=router_similarity([rng.normal(size=(experts, 8)) for _ in layers], layers),
-        same_index=same.finish(),
-        within=np.array([gram(layer).within_cosine() for layer in model]),
+        same_index=same_index(model, layers),
+        within=np.array([within_cosine(within(layer)) for layer in model]),
         matches=matches,
         verdict=found,
         coverage=coverage or WeightCoverage(3 * size, 3 * size, 6_000_000_000, 6_000_000_000),

@@ -26,7 +26,7 @@ from moescope.viz.structured import analysis_data
 from moescope.viz.tables import NAMES, tables
 
 HOSTILE = ("+1+1", "-2", "=cmd|' /C calc'!A0", "@SUM(A1)", "\tx", "\rx", "plain")
-FORMATS = ("json", "jsonl", "pickle", "csv", "xlsx", "parquet", "parity", "tensorboard")
+FORMATS = ("json", "jsonl", "pickle", "csv", "xlsx", "parquet", "parity", "tensorboard", "pruning", "calibration")
 
 
 def read_csv(file: Path) -> dict[str, list[str]]:

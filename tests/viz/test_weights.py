@@ -93,9 +93,9 @@ def test_the_layer_matrix_switches_between_raw_centred_and_parts() -> None:
     result = weight_similarity(shared=1.0)
     figure = expert_layer_heatmap(result)
     assert titles(figure) == ("Layer index", "Layer index")
-    assert labels(figure) == ["Raw", "Centred", "Gate, centred", "Up, centred", "Down, centred"]
+    assert labels(figure) == ["Centred", "Raw", "Gate, centred", "Up, centred", "Down, centred"]
     same = result.same_index
-    for trace, cosine in zip(figure.data, (same.cosine, same.centred, *same.part_centred), strict=True):
+    for trace, cosine in zip(figure.data, (same.centred, same.cosine, *same.part_centred), strict=True):
         np.testing.assert_allclose(trace.z, cosine.mean(axis=0), atol=1e-6)
         assert list(trace.y) == [str(layer) for layer in result.layers]
         apart = ~np.eye(len(result.layers), dtype=bool)

@@ -280,3 +280,14 @@ def test_structured_numbers_are_those_of_the_result() -> None:
     tree = weights_data(change)["expert_change"]
     np.testing.assert_array_equal(tree["part_relative_change"]["down"], change.part_relative_change[2])
     np.testing.assert_array_equal(tree["router_cosine"], change.router_cosine)
+
+
+def test_of_many_distances_the_highest_are_named() -> None:
+    result = weight_similarity(deltas=range(1, 7), match=False)
+    (sentence,) = [found for found in weight_findings(result) if found.startswith("Same expert")]
+    named = [int(part.split(":")[0]) for part in sentence.split("Δ = ")[1:]]
+    assert len(named) == 4
+    assert named == sorted(named)
+    assert {3, 6} <= set(named)
+    assert sentence.endswith("; lower at the other 2 distances.")
+    assert sentence not in weight_findings(result, by_distance=False)
