@@ -16,6 +16,7 @@ from moescope.viz.correlation import distance_axes, distance_heatmap
 
 FADING_COLOUR, UNALIGNED_COLOUR = theme.LINE_COLOURS[1], theme.NEUTRAL_COLOUR
 BAND_OPACITY = 0.3
+MOST_TICKS = 36
 
 
 def distance_against_chance(nulls: LayerNulls, subject: str = "") -> go.Figure:
@@ -49,6 +50,7 @@ def distance_against_chance(nulls: LayerNulls, subject: str = "") -> go.Figure:
             "p %{customdata[3]:.2g} for all distances, %{customdata[4]:.2g} alone<extra></extra>",
         )
     )
+    figure.update_xaxes(dtick=1 if null.looks <= MOST_TICKS else None)
     figure.update_layout(legend=_LEGEND)
     return figure
 
@@ -100,6 +102,7 @@ def period_scan(found: PeriodFinding, subject: str = "") -> go.Figure:
             "%{customdata[5]:.2g} random order<br>effect needed here: %{customdata[6]:.4f}<extra></extra>",
         )
     )
+    figure.update_xaxes(dtick=1 if found.looks <= MOST_TICKS else None)
     figure.update_layout(legend=_LEGEND)
     return figure
 
@@ -128,6 +131,7 @@ def reliability_by_layer(found: Reliability, subject: str = "") -> go.Figure:
         )
     )
     figure.update_xaxes(type="category")
+    figure.update_yaxes(rangemode="tozero")
     figure.add_hline(y=found.target, line={"dash": "dash", "width": 1.2, "color": theme.FAINT_INK})
     figure.update_layout(showlegend=False)
     return figure

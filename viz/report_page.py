@@ -216,7 +216,8 @@ def _chance_sections(report: ReportData) -> list[Section]:
                 "Search for a period",
                 "For each period: whether layers at its multiples correlate more than layers one nearer or further "
                 "apart. A period counts (a full mark) where it is above both dashed lines, that of experts in random "
-                "order and that of alignment that only fades with distance. Multiples of a period rise with it.",
+                "order and that of alignment that only fades with distance. Multiples and divisors of a period can "
+                "rise with it; the one that explains most is reported.",
                 period_scan(report.period),
             )
         )
