@@ -15,14 +15,18 @@ from moescope.stats.activation import (
     selection_frequency,
     weight_share,
 )
+from moescope.stats.coactivation import coactivation
 from moescope.stats.correlation import layer_correlation
 from moescope.stats.nulls import LayerNulls, layer_nulls
 from moescope.stats.period_finder import PeriodFinding, find_period
 from moescope.stats.periodicity import default_intervals, periodic_patterns
+from moescope.stats.placement import held_out_placement
 from moescope.stats.reliability import layer_reliability
 from moescope.stats.similarity import router_similarity, similarity_at_distances
+from moescope.stats.specialisation import specialisation
+from moescope.stats.use import expert_use, phase_contrast
 from moescope.stats.weight_similarity import WeightSimilarity
-from moescope.viz.report_data import DomainView, ReportData
+from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
@@ -30,6 +34,9 @@ if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs mode
 
 PERMUTED_PRODUCTS = 2 * 10**9
 """Products of shares that the nulls of a report may take, unless told otherwise: some seconds of one core."""
+
+PLACED_ON = (8, 4, 2)
+"""GPUs that experts are tried on: the first number that divides them."""
 
 FEWEST_PERMUTATIONS, MOST_PERMUTATIONS = 1_000, 10_000
 
@@ -154,6 +161,27 @@ def analyze(
         reliability=layer_reliability(splits, profile.model.experts, layers, profile.tokens),
         nulls=nulls,
         period=period,
+        used=_used(profile, views["frequency"]),
+    )
+
+
+def _used(profile: "RoutingProfile", frequency: Activation) -> ExpertsUsed:
+    """How experts are used, over the splits of the prompts where that is asked."""
+    model = profile.model
+    experts, layers = model.experts, model.layer_indices
+    seen = np.flatnonzero(profile.split_counts.any(axis=(0, 2, 3)))
+    pairs = profile.coactivation
+    gpus = next((number for number in PLACED_ON if not any(width % number for width in experts)), None)
+    alike = len(set(experts)) == 1
+    return ExpertsUsed(
+        use=expert_use(frequency),
+        phases=phase_contrast(profile.selection_counts, profile.token_counts, experts, layers),
+        domains=tuple(profile.domains[place] for place in seen),
+        specialisation=specialisation(profile.split_counts[:, seen], experts, layers) if len(seen) > 1 else None,
+        coactivation=None if pairs is None else coactivation(pairs, model.top_k, profile.tokens, experts, layers),
+        placement=held_out_placement(profile.split_counts.sum(axis=1), experts, layers, gpus, gpus)
+        if gpus is not None and alike
+        else None,
     )
 
 

@@ -11,6 +11,7 @@ from moescope.stats.similarity import RouterSimilarity
 from moescope.viz.activation import NAMES
 from moescope.viz.certainty import distance_finding, period_finding, reliability_finding
 from moescope.viz.report_data import ReportData
+from moescope.viz.use_findings import use_findings
 from moescope.viz.weight_findings import weight_findings
 
 FEW_SELECTIONS = 100
@@ -25,6 +26,7 @@ def findings(report: ReportData) -> list[str]:
         *_periods(report),
         amount(report),
         _load(report),
+        *(use_findings(report.used) if report.used is not None else ()),
         router_finding(report.router_similarity) if report.router_similarity is not None else "",
         *(weight_findings(report.weights)[:2] if report.weights is not None else ()),
     ]

@@ -16,7 +16,9 @@ from moescope.viz.findings import findings
 from moescope.viz.load import load_by_layer
 from moescope.viz.page import Page, Section, packed
 from moescope.viz.periodicity import periodic_bars, periodic_boxes
-from moescope.viz.report_data import DomainView, ReportData
+from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
+from moescope.viz.use import effective_by_layer, phases_by_layer, placement_by_layer, specialised_experts
+from moescope.viz.use_findings import TableRows, specialised_table, together_table
 from moescope.viz.weights_page import expert_sections
 from moescope.viz.wording import by_layer, index_ranges, minute, subject
 
@@ -43,7 +45,7 @@ def report_page(report: ReportData, figures: Mapping[str, go.Figure]) -> Page:
         findings=findings(report),
         sections=_sections(report, figures),
         domains=[view.name for view in _selectable(report)],
-        table=_tokens(report),
+        tables=[*_use_tables(report.used), _tokens(report)],
         footer=f"moescope {report.versions.get('moescope', '')} · recorded {minute(report.created)}",
     )
 
@@ -127,6 +129,7 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
         ),
         *(_correlation_sections(report, figures, tall) if report.correlated else ()),
         *_reliability_sections(report, tall),
+        *(_use_sections(report.used) if report.used is not None else ()),
         Section(
             "routers",
             "Router similarity",
@@ -251,6 +254,62 @@ def _reliability_sections(report: ReportData, tall: int) -> list[Section]:
             )
         )
     return sections
+
+
+def _use_sections(used: ExpertsUsed) -> list[Section]:
+    sections = [
+        Section(
+            "effective",
+            "Effective experts by layer",
+            "As many equally used experts as would spread a layer's use so; hover for entropy, Gini and Jain.",
+            effective_by_layer(used.use),
+            340,
+        )
+    ]
+    if used.specialisation is not None:
+        sections.append(
+            Section(
+                "specialisation",
+                "Experts that a domain prefers",
+                "How many experts of a layer a domain uses more than all others together do, each shown over parts of "
+                "the prompts with 5% for any false alarm among all looks. The clearest are in the table below.",
+                specialised_experts(used.specialisation, used.domains),
+                int(np.clip(26 * len(used.domains) + 140, LOWEST, HIGHEST)),
+            )
+        )
+    if used.phases.domains:
+        sections.append(
+            Section(
+                "phases",
+                "Prefill against decode",
+                "How far apart the phases' use of experts is, over the same mix of domains. The dashed line is what "
+                "independent selections alone would give; tokens of a prompt are not independent, so it is no test.",
+                phases_by_layer(used.phases),
+                360,
+            )
+        )
+    if used.placement is not None:
+        sections.append(
+            Section(
+                "placement",
+                "Experts on GPUs",
+                f"How many times the mean load the busiest of {used.placement.gpus} GPUs would carry: experts in "
+                "order, and placed by the load of half of the prompts. All are measured on the other half.",
+                placement_by_layer(used.placement),
+                360,
+            )
+        )
+    return sections
+
+
+def _use_tables(used: ExpertsUsed | None) -> list[TableRows]:
+    if used is None:
+        return []
+    tables = (
+        specialised_table(used.specialisation, used.domains) if used.specialisation is not None else None,
+        together_table(used.coactivation) if used.coactivation is not None else None,
+    )
+    return [table for table in tables if table is not None]
 
 
 def _layer_figure(name: str) -> go.Figure:

@@ -13,6 +13,7 @@ from moescope.stats.activation import Activation, LayerLoad
 from moescope.stats.periodicity import PeriodicPattern
 from moescope.viz.certainty_trees import certainty_summary, null_tree, period_tree, reliability_tree
 from moescope.viz.report_data import ReportData
+from moescope.viz.use_trees import use_trees
 from moescope.viz.weight_trees import expert_tree, router_tree
 
 StructuredFormat = Literal["json", "jsonl", "pickle"]
@@ -92,6 +93,7 @@ def analysis_data(report: ReportData, export_format: str = "json") -> dict[str, 
         "correlation_null": null_tree(report.nulls, report.reliability),
         "period_finder": period_tree(report.period),
         "reliability": reliability_tree(report.reliability),
+        **use_trees(report.used),
         "router_similarity": router_tree(report.router_similarity),
         "expert_similarity": expert_tree(report.weights),
     }

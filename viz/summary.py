@@ -11,8 +11,9 @@ from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.activation import NAMES
 from moescope.viz.certainty import distance_finding, period_finding, reliability_finding
 from moescope.viz.findings import caution
-from moescope.viz.report_data import ReportData
+from moescope.viz.report_data import ExpertsUsed, ReportData
 from moescope.viz.theme import clip, printable
+from moescope.viz.use_findings import use_findings
 from moescope.viz.weight_findings import verdict_in_words, weight_findings
 from moescope.viz.wording import by_layer, in_bytes, index_ranges
 
@@ -30,6 +31,7 @@ def summary_text(report: ReportData) -> str:
         section("How sure", _certainty(report)),
         section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
         section("Expert load", _load(report)),
+        *([section("Use of experts", _used(report.used))] if report.used is not None else ()),
         *([section("Experts' weights", _weights(report.weights))] if report.weights is not None else ()),
     ]
     return "\n".join(["moescope summary", "=" * len("moescope summary"), "", "\n\n".join(sections), ""])
@@ -88,6 +90,12 @@ def _check(report: ReportData) -> list[str]:
         return ["selection counts sum to k·T in every layer: yes"]
     lines = ["selection counts sum to k·T in every layer: NO - do not trust the numbers below"]
     return lines + field("layers at fault", index_ranges(report.violations))
+
+
+def _used(used: ExpertsUsed) -> list[str]:
+    """Evenness, domains, phases, pairs and placement in sentences."""
+    lines = [line for sentence in use_findings(used) for line in wrap(printable(sentence), WIDTH)]
+    return lines or ["no expert was selected: not measurable"]
 
 
 def _certainty(report: ReportData) -> list[str]:
