@@ -359,6 +359,7 @@ def profile(
       moescope profile prompts.jsonl --model Qwen/Qwen3-30B-A3B
       moescope profile hf:openai/gsm8k:main:test --prompt-field question -m Qwen/Qwen3-30B-A3B --limit 100
       moescope profile "Once upon a time" -m ./checkpoint --max-tokens 128
+      moescope profile prompts.jsonl -m ./checkpoint --enable-expert-similarity
       cat prompts.jsonl | moescope profile - -m ./checkpoint --max-tokens 0 -o results
       moescope profile prompts.jsonl -m Qwen/Qwen3-30B-A3B --engine vllm --verify 0.01 --engine-arg max_model_len=8192
       moescope profile prompts.jsonl -m ./checkpoint --trace auto --trace-sample 0.01 --trace-limit 10GB
@@ -912,15 +913,15 @@ def _report_weights(
 
 
 def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | WeightChange":
+    from moescope.profiler.weight_pass import cores
     from moescope.viz.weight_analysis import analyze_weights
 
-    with _console.status("Matching experts …"):
-        return analyze_weights(record, n_jobs or _cores())
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with _console.status("Matching experts …"):
+            return analyze_weights(record, n_jobs or cores())
+    except KeyboardInterrupt as stop:
+        _console.print("Interrupted. weights.safetensors is complete; `moescope report` goes on from it.")
+        raise typer.Exit(130) from stop
 
 
 def _comparable(model: str) -> bool:

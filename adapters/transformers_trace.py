@@ -1,6 +1,6 @@
 """Tracing inside transformers: the tokens that count in each forward, on their way to the trace's writer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moescope.adapters.trace_rows import arrival, on_host
 from moescope.adapters.transformers_hooks import DECODE, PREFILL, Forward
 from moescope.profiler.engine import Request
 from moescope.profiler.recorder import Recorder
@@ -95,23 +96,5 @@ class BatchTrace:
                 used = routed[name][:, part].masked_fill(self._unused[:, None], 0)
                 tensors[name] = used.transpose(0, 1).to(kind).contiguous()
             arrays = {name: array[part] for name, array in self._columns.items()}
-            on_host = {name: _on_host(tensor) for name, tensor in tensors.items()}
-            self._writer.append(TraceRows(**arrays, **on_host), _arrival(ids.device))
-
-
-def _on_host(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's values; from a GPU they are on their way."""
-    if tensor.is_cuda:  # torch keeps pinned memory of tensors that are gone and gives it to the next: a ring
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        tensor = pinned.copy_(tensor, non_blocking=True)
-    found: NDArray[Any] = tensor.numpy()
-    return found
-
-
-def _arrival(device: torch.device) -> Callable[[], object] | None:
-    """Waits until what is on its way from a GPU has arrived."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event.synchronize
+            on_host = {name: on_host(tensor) for name, tensor in tensors.items()}
+            self._writer.append(TraceRows(**arrays, **on_host), arrival(ids.device))

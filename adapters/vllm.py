@@ -21,11 +21,13 @@ from moescope.adapters.vllm_settings import (
     CHOICES,
     DOMAIN_KEY,
     SPLIT_KEY,
+    TRACE_KEY,
     VARIABLE,
     VERIFY_KEY,
     Probabilities,
     Settings,
 )
+from moescope.adapters.vllm_trace import TraceReceiver
 from moescope.profiler.engine import Completed, Generation, Request
 from moescope.profiler.errors import EngineError, InvariantError, ModelError, OptionError
 from moescope.profiler.fingerprint import router_fingerprint
@@ -110,6 +112,8 @@ class VllmEngine:
         self._ignore_eos = ignore_eos
         self._verify = verify
         self._checked = [0, 0]
+        self._receiver: TraceReceiver | None = None
+        self._traced = 0
         self._skipped = 0
         self.probabilities = probabilities != "off"
         self.coactivation = coactivation
@@ -187,10 +191,13 @@ class VllmEngine:
         verified = rng.random(len(requests)) < self._verify if self._verify else np.zeros(len(requests), bool)
         # vLLM's CPU build cannot seed a request
         seeded = generation.temperature > 0 and self._about["device"] != "cpu"
+        traced = self._admit([request for _, request in requests], places, generation)
         prompts: list[Any] = []
         params = []
-        for (index, request), check in zip(requests, verified, strict=True):
+        for (index, request), check, trace in zip(requests, verified, traced, strict=True):
             tags: dict[str, Any] = {DOMAIN_KEY: places.index(request.domain), SPLIT_KEY: request.split}
+            if trace:
+                tags[TRACE_KEY] = request.number
             if check:
                 tags[VERIFY_KEY] = 1
             prompts.append({"prompt_token_ids": request.token_ids.tolist()})
@@ -213,9 +220,30 @@ class VllmEngine:
         checked = self._call("verified", str(self._folder)) if verified.any() else []
         sums = self._collect(f"batch {batch}: ")
         self._hold_against_lengths(sums, requests, outputs, places, f"batch {batch}: ")
+        self._wait_for_trace([output for output, trace in zip(outputs, traced, strict=True) if trace])
         if verified.any():
             self._compare(checked, outputs, verified, f"batch {batch}: ")
         return replace(sums, places=tuple(places))
+
+    def _admit(self, requests: Sequence[Request], places: Sequence[int], generation: Generation) -> NDArray[np.bool_]:
+        """Which of the requests are traced."""
+        if self._receiver is None:
+            return np.zeros(len(requests), np.bool_)
+        self._receiver.expect(places)
+        most = [len(request.token_ids) + max(generation.max_tokens - 1, 0) for request in requests]
+        return self._receiver.writer.admit([request.number for request in requests], most)
+
+    def _wait_for_trace(self, outputs: Sequence[Any]) -> None:
+        """Hold the rows of the trace against the traced requests' own lengths."""
+        if self._receiver is None:
+            return
+        for output in outputs:
+            self._traced += len(output.prompt_token_ids) - int(output.num_cached_tokens or 0)
+            self._traced += sum(len(completion.token_ids) - 1 for completion in output.outputs)
+        sent = sum(self._call("traced"))
+        if sent != self._traced:
+            raise InvariantError(f"{sent:,} rows were traced, but prompts and outputs have {self._traced:,}")
+        self._receiver.wait_for(sent)
 
     def _hold_against_lengths(
         self,
@@ -286,13 +314,24 @@ class VllmEngine:
             self._checked[0] += 1
 
     def trace(self, writer: TraceWriter | None) -> None:
-        """Not there yet.
+        """Trace the tokens of the batches to come, or no longer.
 
         Raises:
-            OptionError: A trace is asked for.
+            OptionError: The engine's layers are spread over ranks, none of which sees a whole row.
         """
-        if writer is not None:
-            raise OptionError("--trace needs --engine transformers; vLLM is not traced yet")
+        if self._receiver is not None:
+            self._call("trace_to", None)
+            self._receiver.close()
+            self._receiver = None
+        if writer is None:
+            return
+        if self._writers > 1:
+            raise OptionError(
+                "--trace: a row's layers are spread over pipeline ranks; leave out pipeline_parallel_size"
+            )
+        self._traced = 0
+        self._receiver = TraceReceiver(writer, self._folder / "trace.socket")
+        self._call("trace_to", str(self._receiver.path), writer.about.weights)
 
     def findings(self) -> dict[str, Any]:
         """What the run's record says beside its settings."""

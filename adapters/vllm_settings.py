@@ -24,6 +24,8 @@ TRIGGER_NAME: Final = "save"
 DOMAIN_KEY: Final = "moescope_domain"
 SPLIT_KEY: Final = "moescope_split"
 VERIFY_KEY: Final = "moescope_verify"
+#: Number of a request that is traced.
+TRACE_KEY: Final = "moescope_trace"
 
 Probabilities = Literal["off", "sample", "all"]
 CHOICES: Final = ("off", "sample", "all")

@@ -24,7 +24,8 @@ from torch import Tensor
 from moescope.adapters.vllm_ledger import NOTE, Note
 from moescope.adapters.vllm_parts import Part, refuse_results, save_part, save_serving
 from moescope.adapters.vllm_routing import find_layers, stage
-from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRIGGER_NAME, VERIFY_KEY, Settings
+from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRACE_KEY, TRIGGER_NAME, VERIFY_KEY, Settings
+from moescope.adapters.vllm_trace import TraceSender
 from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
 from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.run import SAVE_EVERY, timestamp
@@ -53,6 +54,7 @@ class _Step:
     drafts: bool
     sampled: NDArray[np.int64]  # rows
     tokens: NDArray[np.int64] | None = None  # (C,) rows of each cell, where all rows count
+    token_ids: Tensor | None = None  # (T,) on the device, of a step with rows that are traced
     copied: Copied | None = None
 
 
@@ -86,12 +88,13 @@ class _Table:
     floor: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # …and these are certain
     counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     whole: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # recorded from its first token
+    trace: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # its number; negative: not traced
 
     def add(self, request_id: str) -> int:
         if not self.free:
             size = len(self.prompt)
             grown = max(64, size)
-            for name in ("prompt", "base", "start", "done", "floor", "counted", "whole"):
+            for name in ("prompt", "base", "start", "done", "floor", "counted", "whole", "trace"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate([column, np.zeros(grown, column.dtype)]))
             self.free = list(range(size + grown - 1, size - 1, -1))
@@ -132,6 +135,7 @@ class WorkerRecorder:
         self._armed = False
         self._on = settings.serving
         self._shown: list[tuple[NDArray[np.int64], Tensor]] | None = None
+        self._trace: TraceSender | None = None
         self._error: str | None = None
         self._requests = 0
         self._skipped = 0
@@ -251,6 +255,8 @@ class WorkerRecorder:
         if self._shown is not None and self.recorder.distributions is not None:
             seen = self.recorder.distributions[:, : len(self._upcoming)].to("cpu", copy=True)
             self._shown.append((step.positions[self._upcoming], seen))
+        if self._trace is not None and bool((self._table.trace[step.slots] >= 0).any()):
+            step.token_ids = _token_ids(self._runner, len(step.slots)).clone()
         self._steps.append(step)
 
     def _next_of_steady(self, output: Any) -> _Step | None:
@@ -351,6 +357,7 @@ class WorkerRecorder:
             table.start[slot] = table.done[slot] = new.num_computed_tokens
             table.floor[slot] = table.counted[slot] = 0
             table.whole[slot] = True
+            table.trace[slot] = (getattr(new.sampling_params, "extra_args", None) or {}).get(TRACE_KEY, -1)
             self._requests += 1
             self._skipped += new.num_computed_tokens
         cached = output.scheduled_cached_reqs
@@ -451,6 +458,8 @@ class WorkerRecorder:
             self._placed = (cells, recorder.place(cells))
         for name in self._verified:
             self._keep(name, step, recorder)
+        if step.token_ids is not None:
+            self._send(step, recorder)
         self._counted += 1
         sampled = cells[step.sampled] if len(step.sampled) else None
         recorder.commit(self._placed[1], tokens, sampled=sampled, source=step.copied)
@@ -466,7 +475,32 @@ class WorkerRecorder:
             chosen = ids[:, torch.from_numpy(rows).to(ids.device)].cpu()
             self._verified[name].append((step.positions[rows], chosen))
 
+    def _send(self, step: _Step, recorder: StagedRecorder) -> None:
+        """Hand the rows of traced requests over."""
+        numbers = self._table.trace[step.slots]
+        kept = (step.cells >= 0) & (numbers >= 0)
+        if self._trace is None or step.token_ids is None or not kept.any():
+            return
+        ids, weights = recorder.staged(len(step.cells), step.copied)
+        tokens = step.token_ids
+        if not kept.all():
+            rows = recorder.upload(np.flatnonzero(kept).astype(np.int32))
+            ids, weights, tokens = ids.index_select(1, rows), weights.index_select(1, rows), tokens[rows]
+        self._trace.send(numbers[kept], step.positions[kept], step.cells[kept], tokens, ids, weights)
+
     # called through RPC
+
+    def trace_to(self, path: str | None, weights: bool = False) -> None:
+        """Send the rows of traced requests to a socket from now on, or no longer."""
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
+        if path is not None and self.rank["writes"] and self.recorder is not None:
+            self._trace = TraceSender(path, self.recorder.experts, weights=weights)
+
+    def traced(self) -> int:
+        """Rows sent since `trace_to`; waits until they are."""
+        return 0 if self._trace is None else self._trace.flush()
 
     def describe(self, folder: str) -> dict[str, Any]:
         """What was bound; router weights go to a file in `folder`."""
@@ -645,6 +679,14 @@ def _batch_order(runner: Any) -> list[str]:
     if batch is None:
         batch = runner.input_batch
     return list(batch.req_ids)
+
+
+def _token_ids(runner: Any, rows: int) -> Tensor:
+    """(T,) token ids of the step that was just launched, on the device; model runners V2 and V1."""
+    state = getattr(runner, "execute_model_state", None)
+    batch = getattr(state, "input_batch", None)
+    ids: Tensor = runner.input_ids.gpu if batch is None else batch.input_ids
+    return ids[:rows]
 
 
 def _rank(parallel: Any) -> dict[str, Any]:

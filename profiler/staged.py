@@ -275,6 +275,19 @@ class StagedRecorder:
                 staged.ids, staged.weights, cells, self._scales, self._counts, self._weight_sums, self._faults
             )
 
+    def staged(self, rows: int, source: "Copied | None" = None) -> tuple[Tensor, Tensor]:
+        """What a forward staged that has not been committed.
+
+        Args:
+            rows: Its rows T.
+            source: A copy of what it staged, if the engine has run on since.
+
+        Returns:
+            (L, T, K) int32 expert ids, and (L, T, K) float32 routing weights, the model's scaling divided out.
+        """
+        ids, weights = (self.ids, self.weights) if source is None else (source.ids, source.weights)
+        return ids[:, :rows], weights[:, :rows] / self._scales[:, None, None]
+
     def copy(self, rows: int, sampled: int = 0) -> "Copied":
         """A copy of what was staged, poisoning the original: for an engine that runs on before a commit."""
         with torch.inference_mode():

@@ -11,7 +11,7 @@ from torch import Tensor
 PROBES: Final = 256
 #: Width of the model that a segment covers, at least, and the most segments there are.
 _SEGMENT: Final = 64
-_MOST_SEGMENTS: Final = 32
+_MOST_SEGMENTS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,11 +73,11 @@ def draw_probes(hidden: int, count: int = PROBES, seed: int = 0) -> Probes:
 
     Args:
         hidden: H, width of the model.
-        count: J, number of probes, a multiple of 32.
+        count: J, number of probes, a multiple of 64.
         seed: Of the generator.
 
     Raises:
-        ValueError: `hidden` is below 1, or `count` no multiple of 32.
+        ValueError: `hidden` is below 1, or `count` no multiple of 64.
     """
     if hidden < 1 or count < 1 or count % _MOST_SEGMENTS:
         raise ValueError(f"needs a width and probes, a multiple of {_MOST_SEGMENTS}; got {hidden} and {count}")

@@ -126,8 +126,13 @@ def run_pass(
         ModelError: A file cannot be read.
         KeyboardInterrupt: The pass was interrupted; what was done has been kept.
     """
-    work = _Pass(sources, settings, torch.device(device), n_jobs or len(os.sched_getaffinity(0)))
+    work = _Pass(sources, settings, torch.device(device), n_jobs or cores())
     return work.run(keeper, on_progress)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def match_sides(
@@ -207,11 +212,12 @@ class _Pass:
                 if keeper is not None and done:
                     keeper.keep(fingerprint, done, self._state())
                 raise
+        threads = "1 thread" if self._n_jobs == 1 else f"{self._n_jobs} threads"
         return PassResult(
             state={name: tensor.cpu() for name, tensor in self._state().items()},
             coordinates=sum(weights_of(block, self._forms[0]) for block in self._blocks),
             bytes_read=sum(sizes),
-            engine=f"cpu, {self._n_jobs} threads" if self._device.type == "cpu" else str(self._device),
+            engine=f"cpu, {threads}" if self._device.type == "cpu" else str(self._device),
             seconds=time.monotonic() - started,
         )
 

@@ -204,8 +204,8 @@ def _amount_matched(result: WeightSimilarity) -> str:
     if result.verdict is None or len(result.matches) >= every:
         return ""
     return (
-        f"{len(result.matches):,} of {every:,} pairs of layers were matched, chosen beforehand or by their cosines; of "
-        "the others nothing is said."
+        f"{len(result.matches):,} of {every:,} pairs of layers were matched, chosen beforehand by distance and depth; "
+        "of the others nothing is said."
     )
 
 

@@ -16,7 +16,8 @@ from vllm_engine import Kept, recording
 import moescope
 from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY
 from moescope.profiler.engine import Generation, Request
-from moescope.profiler.errors import InvariantError, OptionError
+from moescope.profiler.errors import InvariantError, OptionError, TraceError
+from moescope.profiler.trace_writer import TraceWriter
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -203,6 +204,32 @@ def test_no_distributions_where_none_are_recorded(qwen: Kept, monkeypatch: pytes
     assert qwen.outputs == [], "nothing is run"
 
 
+def test_a_share_of_the_requests_is_traced_whole(qwen: Kept, tmp_path: Path) -> None:
+    requests = qwen.requests(40, seed=21, longest=40)
+    trace = qwen.run_traced(requests, GREEDY, tmp_path / "trace", sample=0.4, weights=False)
+    found = set(np.concatenate([rows.request for rows in trace.rows()]).tolist())
+    assert 5 < len(found) < 30
+    assert trace.index.last.traced == len(found)
+    lengths = [
+        len(request.token_ids) + len(output.outputs[0].token_ids) - 1
+        for request, output in zip(requests, qwen.outputs, strict=True)
+    ]
+    assert trace.tokens == sum(lengths[number] for number in found)
+
+
+def test_a_trace_that_cannot_be_written_fails_the_run(qwen: Kept, tmp_path: Path) -> None:
+    requests = qwen.requests(6, seed=22, longest=40)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TraceWriter, "_store", full)
+        with pytest.raises(TraceError, match="No space left on device"):
+            qwen.run_traced(requests, GREEDY, tmp_path / "trace")
+    qwen.run_traced(requests, GREEDY, tmp_path / "again")
+
+
 def test_a_layer_that_stages_nothing_is_found(qwen: Kept) -> None:
     """Last in this file: the engine is not whole afterwards."""
     requests = qwen.requests(5, seed=8)
@@ -255,6 +282,8 @@ def test_counts_equal_transformers(
             kept.assert_equal(requests, sums)
             ids = np.random.default_rng(12).integers(6, 128, 100).astype(np.int32)
             assert kept.assert_distributions_equal(ids, 100) == 100
+            trace = kept.run_traced(requests, GREEDY, tmp_path / "trace")
+            assert trace.tokens == sums.tokens.sum()
             done = kept.engine.run(requests, GREEDY, 1)
             kept.assert_equal(requests, done.sums.parts[0])
             return
@@ -264,6 +293,7 @@ def test_counts_equal_transformers(
         lengths = sum(len(request.token_ids) for request in requests) - skipped
         lengths += sum(len(output.outputs[0].token_ids) - 1 for output in kept.outputs)
         assert sums.tokens.sum() == lengths
+        assert kept.run_traced(requests, GREEDY, tmp_path / "trace").tokens > 0
         ids = np.random.default_rng(12).integers(6, 128, 100).astype(np.int32)
         assert kept.assert_distributions_equal(ids) == 100
         assert kept.engine.distributions(ids) is None, "its first tokens come from the cache and are not routed"

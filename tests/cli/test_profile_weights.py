@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moescope.profiler import weight_pass, weight_slabs
 from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, PROFILE_NAME, WEIGHTS_NAME, load_profile
+from moescope.profiler.profile import RoutingProfile
 from moescope.profiler.weight_files import load_weights, load_weights_beside, save_weights
 from moescope.viz.weights_report import EXPERT_PAGES
 
@@ -155,6 +156,26 @@ def test_an_interrupted_pass_leaves_profile_and_report(
         assert cli(*resume).code == 0
     assert cli("report", Path("out") / PROFILE_NAME, "--force", "-o", "out").code == 0
     assert structured("out")["num_experts"] == 8
+
+
+def test_files_that_vanish_during_the_pass_are_an_error_after_the_report(
+    cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "vanishing"
+    shutil.copytree(checkpoint, folder)
+    run = RoutingProfile.check
+
+    def gone(profile: RoutingProfile) -> None:
+        run(profile)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+
+    monkeypatch.setattr(RoutingProfile, "check", gone)
+    done = cli("profile", "hello", "-m", folder, "--max-tokens", 0, "--enable-expert-similarity", "-o", "out")
+    assert done.code == 2
+    assert str(folder) in done.error
+    assert load_profile("out/profile.safetensors").complete
+    assert structured("out")["by_distance"] is None
+    assert not Path("out", WEIGHTS_NAME).exists()
 
 
 def test_a_checkpoint_that_cannot_be_read_does_not_stop_the_profile(

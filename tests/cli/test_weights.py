@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from moescope.profiler import weight_pass, weight_slabs
 from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME
 from moescope.profiler.weight_files import load_weights
+from moescope.viz import weight_analysis
 from moescope.viz.pages import LIBRARY
 from moescope.viz.weight_analysis import weight_similarity
 from moescope.viz.weight_findings import verdict_in_words
@@ -89,6 +90,20 @@ def test_an_interrupted_pass_is_resumed(cli: Cli, tiny: Path, monkeypatch: pytes
     assert other.raw is not None
     np.testing.assert_allclose(one.raw, other.raw, rtol=1e-5, atol=1e-5)
     assert "nothing to resume" in cli("weights", tiny, "-o", "out", "--resume").error
+
+
+def test_an_interruption_after_the_pass_loses_no_sums(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(work: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_analysis, "_match", interrupted)
+        stopped = cli("weights", tiny, "-o", "out")
+    assert stopped.code == 130
+    assert "`moescope report` goes on from it" in stopped.err
+    assert os.listdir("out") == [WEIGHTS_NAME]
+    assert cli("report", Path("out") / WEIGHTS_NAME, "--force", "-o", "out").code == 0
+    assert set(os.listdir("out")) == WRITTEN
 
 
 def test_weights_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None:

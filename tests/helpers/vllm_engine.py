@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import reference
 from vllm_models import COMMON_ARGS, ENGINE_ARGS, save_checkpoint
 
 from moescope.adapters.vllm import VllmEngine
-from moescope.profiler.engine import Request
+from moescope.profiler.engine import Generation, Request
+from moescope.profiler.profile import RunInfo
+from moescope.profiler.trace import Trace, TraceAbout, TraceRows
+from moescope.profiler.trace_writer import TraceOptions, TraceWriter
 
 SCALES = {"qwen3_moe": 1.0, "deepseek_v3": 2.5}
 
@@ -69,6 +73,58 @@ class Kept:
             expected = reference.distribution(routing.logits[layer], self.engine.model.scoring)
             np.testing.assert_allclose(seen[slot], expected[: seen.shape[1]], rtol=1e-4, atol=1e-5)
         return seen.shape[1]
+
+    def run_traced(self, requests: list[Request], generation: Generation, folder: Path, **options: Any) -> Trace:
+        """Run one batch into a trace, which must hold each token's experts as transformers chooses them."""
+        requests = [replace(request, number=i) for i, request in enumerate(requests)]
+        run = RunInfo(
+            "run", "2026-01-01T00:00:00", self.engine.info, 0, len(requests), "00", {"seed": 0}, complete=False
+        )
+        domains = tuple(f"{i:02}" for i in range(1 + max(request.domain for request in requests)))
+        options = {"weights": True, **options}
+        about = TraceAbout(self.engine.model, domains, run, "0", options["weights"], options.get("sample", 1.0))
+        with TraceWriter(about, TraceOptions(folder, **options)) as writer:
+            self.engine.trace(writer)
+            try:
+                self.engine.run(requests, generation, 0)
+            finally:
+                self.engine.trace(None)
+            writer.commit(0)
+            writer.finish()
+        trace = Trace(folder)
+        trace.verify()
+        self.assert_rows(trace, requests)
+        return trace
+
+    def assert_rows(self, trace: Trace, requests: list[Request]) -> None:
+        """Every traced request is there with each routed token once, in order, and nothing else is."""
+        layers = self.engine.model.layer_indices
+        rows = TraceRows.concatenate(list(trace.rows()))
+        for request, output in zip(requests, self.outputs, strict=True):
+            own = rows.take(rows.request == request.number)
+            if not len(own):
+                continue
+            prompt, cached = request.token_ids.tolist(), int(output.num_cached_tokens or 0)
+            routed = prompt + list(output.outputs[0].token_ids[:-1])
+            np.testing.assert_array_equal(own.position, np.arange(cached, len(routed)))
+            np.testing.assert_array_equal(own.token, routed[cached:])
+            np.testing.assert_array_equal(own.phase, own.position >= len(prompt))
+            assert (own.domain == request.domain).all()
+            assert (own.split == request.split).all()
+            routing = reference.route(self.model, routed)
+            for slot, layer in enumerate(layers):
+                order = np.argsort(own.experts[:, slot], axis=1)
+                expected = np.argsort(routing.ids[layer][cached:], axis=1)
+                np.testing.assert_array_equal(
+                    np.take_along_axis(own.experts[:, slot], order, 1),
+                    np.take_along_axis(routing.ids[layer][cached:], expected, 1),
+                )
+                if own.weights is not None:
+                    np.testing.assert_allclose(
+                        np.take_along_axis(own.weights[:, slot], order, 1).astype(np.float64),
+                        np.take_along_axis(routing.weights[layer][cached:], expected, 1) / SCALES[self.family],
+                        atol=1e-3,
+                    )
 
     def assert_equal(self, requests: list[Request], sums: Any, domains: int = 3) -> None:
         """Counts equal, weights and distributions close to the independent count."""
