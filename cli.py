@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import platform
 import re
 import sys
 import time
@@ -151,6 +152,15 @@ Intervals = Annotated[
     ),
 ]
 DeltaMax = Annotated[int, typer.Option(min=1, max=10_000, help="Largest layer distance Δ of the correlation matrix.")]
+Permutations = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=1_000_000,
+        help="Random orders of the experts, and simulations, that correlation and periods are held against; 0 leaves "
+        "that out. [default: 1,000 to 10,000, fewer for larger models]",
+    ),
+]
 Measure = Annotated[MeasureName, typer.Option(help="What correlation and periodic patterns rest on.")]
 OutputDir = Annotated[
     Path | None,
@@ -271,6 +281,7 @@ def profile(
     measure: Measure = MeasureName.frequency,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
+    permutations: Permutations = None,
     disable_structured_output: NoStructured = False,
     output_format: StructuredFormat = OutputFormat.json,
     trust_remote_code: Annotated[
@@ -372,7 +383,7 @@ def profile(
     if n_jobs is not None and not enable_expert_similarity:
         raise OptionError("--n-jobs is for --enable-expert-similarity; recording takes the threads of its engine")
     if enable_expert_similarity:
-        _spare_threads()
+        _one_thread_a_product()
     for option, given in (
         ("--trace-sample", trace_sample != 1.0),
         ("--trace-weights", trace_weights),
@@ -501,6 +512,7 @@ def profile(
             router_weights=router_weights,
             sample=sample,
             correlate=analyze_correlation,
+            permutations=permutations,
         )
         if data.router_similarity is not None:
             save_routers(_tables(data.router_similarity, done.model.fingerprint), path)
@@ -543,6 +555,7 @@ def report(
     measure: Measure = MeasureName.frequency,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
+    permutations: Permutations = None,
     disable_structured_output: NoStructured = False,
     output_format: StructuredFormat = OutputFormat.json,
 ) -> None:
@@ -553,6 +566,8 @@ def report(
       moescope report results/profile.safetensors --measure probability -o report
       moescope report weights/weights.safetensors -o pages
     """
+    _one_thread_a_product()
+
     from moescope.profiler.files import OutputFolder, load_profile
     from moescope.profiler.profile import merge as merge_profiles
     from moescope.profiler.sidecars import load_routers, load_sample
@@ -576,7 +591,16 @@ def report(
     with OutputFolder(path, force=force):
         structured = None if disable_structured_output else output_format
         _report(
-            loaded, path, measure, intervals, delta_max, structured, routers=routers, sample=sample, weights=weights
+            loaded,
+            path,
+            measure,
+            intervals,
+            delta_max,
+            structured,
+            routers=routers,
+            sample=sample,
+            weights=weights,
+            permutations=permutations,
         )
     typer.echo(f"Wrote the report in {path}")
 
@@ -634,6 +658,7 @@ def export(
     ] = None,
     periodic_intervals: Intervals = None,
     delta_max: DeltaMax = 30,
+    permutations: Permutations = None,
     routed_scaling_factor: Annotated[
         float | None,
         typer.Option(
@@ -658,6 +683,8 @@ def export(
       moescope export results/profile.safetensors --format sglang -o expert_load.json
       moescope export results/profile.safetensors --format calibration --least-tokens 512 -o uncovered.csv
     """
+    _one_thread_a_product()
+
     from moescope.profiler.files import load_profile
     from moescope.profiler.profile import merge as merge_profiles
     from moescope.profiler.sidecars import load_routers
@@ -683,6 +710,7 @@ def export(
                 measure=None if measure is None else measure.value,
                 intervals=intervals,
                 delta_max=delta_max,
+                permutations=permutations,
                 routed_scaling_factor=routed_scaling_factor,
                 routers=_beside(load_routers, profiles, loaded),
                 weights=_weights_beside(profiles, loaded) if export_format.value in SUFFIXES else None,
@@ -828,7 +856,7 @@ def weights(
       moescope weights ./checkpoint --delta 12,24 --match-pairs 0
       moescope weights ./tuned --against ./base
     """
-    _spare_threads()
+    _one_thread_a_product()
 
     from moescope.adapters.weighing import weigh
     from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
@@ -1128,6 +1156,7 @@ def _report(
     sample: "TokenSample | None" = None,
     weights: "WeightSimilarity | None" = None,
     correlate: bool = True,
+    permutations: int | None = None,
 ) -> "ReportData":
     from moescope.viz.analysis import analyze
 
@@ -1142,6 +1171,7 @@ def _report(
             routers=routers,
             sample=sample,
             weights=weights,
+            permutations=permutations,
         )
     except ValueError as error:
         raise OptionError(f"--measure {measure.value}: {error}") from error
@@ -1182,7 +1212,8 @@ def _tables(similarity: "RouterSimilarity", fingerprint: str | None) -> "RouterT
 
 
 def _print_findings(data: "ReportData") -> None:
-    from moescope.viz.findings import short_run
+    from moescope.viz.certainty import period_finding, standing
+    from moescope.viz.findings import caution
 
     spread = ", ".join(f"{name} {count:,}" for name, count in data.tokens_by_phase.items())
     typer.echo(f"{data.tokens:,} tokens ({spread}); selections are k·T in every one of {len(data.layers)} layers")
@@ -1191,12 +1222,15 @@ def _print_findings(data: "ReportData") -> None:
     for pattern in data.periodic.patterns:
         if pattern.num_pairs:
             pairs = "pair" if pattern.num_pairs == 1 else "pairs"
-            found = f"mean r = {pattern.mean:+.2f} over {pattern.num_pairs} {pairs} of layers ({pattern.strength})"
+            called = standing(pattern, data.nulls)
+            found = f"mean r = {pattern.mean:+.2f} over {pattern.num_pairs} {pairs} of layers ({called})"
         else:
             found = "not measurable: no two layers that can be compared lie so far apart"
         typer.echo(f"  Δ = {pattern.delta:<3} {found}")
-    if data.tokens and short_run(data):
-        typer.echo(short_run(data))
+    if data.period is not None:
+        typer.echo(period_finding(data.period))
+    if data.tokens and caution(data):
+        typer.echo(caution(data))
     if data.weights is not None:
         _print_weights(data.weights)
 
@@ -1297,8 +1331,12 @@ def _new_folder(kind: str = "moescope") -> Path:
     return Path(f"{kind}_{datetime.now():%Y%m%d_%H%M%S}")
 
 
-def _spare_threads() -> None:
-    """Before numpy is loaded: a pass over weights has threads and processes of its own; BLAS's would only wait."""
+def _one_thread_a_product() -> None:
+    """Before numpy is loaded: its library multiplies with one thread.
+
+    Nulls multiply many small matrices, for which threads that wait for each other take several times longer than one;
+    a pass over weights has threads and processes of its own.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -1308,6 +1346,8 @@ def _prepare_engine() -> None:
 
     OpenMP threads that spin while they wait make small models many times slower where another program wants the cores.
     """
+    if platform.machine() in ("x86_64", "AMD64"):  # elsewhere torch multiplies with that library too
+        _one_thread_a_product()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -42,6 +42,7 @@ class PeriodNull:
         p_family: (P,) float64, for each period given that all were looked at: against the largest standardised
             statistic of a scan.
         p_period: p-value for "there is a period", the smallest of `p_family`; NaN where nothing could be scanned.
+        threshold: (P,) float64, statistic above which `p_family` is below 5%.
         detectable: (P,) float64, the smallest effect that would be found four times out of five, at the 5% level of the
             family.
         simulations: scans simulated.
@@ -53,6 +54,7 @@ class PeriodNull:
     p: NDArray[np.float64]
     p_family: NDArray[np.float64]
     p_period: float
+    threshold: NDArray[np.float64]
     detectable: NDArray[np.float64]
     simulations: int
 
@@ -310,7 +312,7 @@ def _null(comb: _Comb, observed: _Scan, scans: Iterator[_Scan], simulations: int
     if not parts:
         nothing = np.full(len(comb.periods), np.nan)
         return PeriodNull(
-            nothing, nothing, np.stack([nothing] * 3), nothing, nothing, float("nan"), nothing, simulations
+            nothing, nothing, np.stack([nothing] * 3), nothing, nothing, float("nan"), nothing, nothing, simulations
         )
     statistic = np.concatenate([part.statistic for part in parts])
     effect = np.concatenate([part.effect for part in parts])
@@ -320,8 +322,7 @@ def _null(comb: _Comb, observed: _Scan, scans: Iterator[_Scan], simulations: int
     largest = ((statistic - mean) / sd).max(axis=1)
     found = (observed.statistic[0] - mean) / sd
     p_family = (1 + (largest[:, None] >= found - TIE).sum(axis=0)) / (1 + simulations)
-    # the effect that lifts a simulated scan above the threshold, for as many scans as the power asks for
-    threshold = _student(mean + sd * np.quantile(largest, 1 - LEVEL), comb.pairs - 1)
+    threshold = mean + sd * np.quantile(largest, 1 - LEVEL)
     return PeriodNull(
         mean=mean,
         sd=sd,
@@ -329,7 +330,9 @@ def _null(comb: _Comb, observed: _Scan, scans: Iterator[_Scan], simulations: int
         p=(1 + (statistic >= observed.statistic[0] - TIE).sum(axis=0)) / (1 + simulations),
         p_family=p_family,
         p_period=float(p_family.min()),
-        detectable=np.quantile(threshold * error - effect, POWER, axis=0),
+        threshold=threshold,
+        # the effect that lifts a simulated scan above the threshold, for as many scans as the power asks for
+        detectable=np.quantile(_student(threshold, comb.pairs - 1) * error - effect, POWER, axis=0),
         simulations=simulations,
     )
 

@@ -92,6 +92,58 @@ def placement_preview(
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOutPlacement:
+    """What placements made from some prompts give on others.
+
+    Attributes:
+        layers: (L,) true model indices.
+        gpus: number of GPUs.
+        redundant: slots beyond the number of experts, in the last placement.
+        contiguous: (L,) float64, load of the busiest GPU over the mean with experts in order.
+        greedy: (L,) float64, the same with experts placed by load.
+        replicated: (L,) float64, the same after the busiest experts were replicated.
+    """
+
+    layers: tuple[int, ...]
+    gpus: int
+    redundant: int
+    contiguous: NDArray[np.float64]
+    greedy: NDArray[np.float64]
+    replicated: NDArray[np.float64]
+
+
+def held_out_placement(
+    split_counts: NDArray[np.int64], experts: Sequence[int], layers: Sequence[int], gpus: int, redundant: int
+) -> HeldOutPlacement:
+    """Place experts by the load of every second split that holds selections, and measure on the others.
+
+    Args:
+        split_counts: (S, L, E) int64, selections by split of the prompts.
+        experts: (L,) routed experts, the same number E in each layer.
+        layers: (L,) true model indices.
+        gpus: GPUs; divides E.
+        redundant: slots beyond E; `gpus` divides E + redundant.
+
+    Returns:
+        NaN in layers without load in either half, so everywhere with fewer than two splits.
+
+    Raises:
+        ValueError: as `placement_preview`.
+    """
+    used = split_counts[split_counts.any(axis=(1, 2))]
+    preview = placement_preview(used[::2].sum(axis=0), experts, layers, gpus, redundant)
+    other = used[1::2].sum(axis=0)
+    return HeldOutPlacement(
+        layers=preview.layers,
+        gpus=gpus,
+        redundant=redundant,
+        contiguous=placement_imbalance(other, preview.contiguous.physical_to_logical, gpus),
+        greedy=placement_imbalance(other, preview.greedy.physical_to_logical, gpus),
+        replicated=placement_imbalance(other, preview.replicated.physical_to_logical, gpus),
+    )
+
+
 def placement_imbalance(
     load: NDArray[np.int64] | NDArray[np.float64], physical_to_logical: NDArray[np.int64], gpus: int
 ) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from moescope.stats.layout import check_ascending, padding_mask
-from moescope.stats.pairwise import CONSTANT_TOLERANCE
+from moescope.stats.pairwise import CONSTANT_TOLERANCE, finite_mean
 
 CONFIDENCE = 0.95
 TARGET = 0.9
@@ -63,6 +63,11 @@ class Reliability:
         A layer of which the reliability is not defined counts as one that never does.
         """
         return float(np.median(np.nan_to_num(self.tokens_enough, nan=np.inf))) if self.layers else float("nan")
+
+    def corrected_at(self, delta: int) -> float:
+        """Mean of `corrected` over the pairs of layers `delta` model layers apart; NaN if no pair has one."""
+        position = np.asarray(self.layers, dtype=np.int64)
+        return float(finite_mean(self.corrected[position[None, :] - position[:, None] == delta], axis=0))
 
     @property
     def too_short(self) -> bool:

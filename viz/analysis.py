@@ -15,15 +15,30 @@ from moescope.stats.activation import (
     selection_frequency,
     weight_share,
 )
+from moescope.stats.coactivation import coactivation
 from moescope.stats.correlation import layer_correlation
+from moescope.stats.nulls import LayerNulls, layer_nulls
+from moescope.stats.period_finder import PeriodFinding, find_period
 from moescope.stats.periodicity import default_intervals, periodic_patterns
+from moescope.stats.placement import held_out_placement
+from moescope.stats.reliability import layer_reliability
 from moescope.stats.similarity import router_similarity, similarity_at_distances
+from moescope.stats.specialisation import specialisation
+from moescope.stats.use import expert_use, phase_contrast
 from moescope.stats.weight_similarity import WeightSimilarity
-from moescope.viz.report_data import DomainView, ReportData
+from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
     from moescope.profiler.sidecars import RouterTables, TokenSample
+
+PERMUTED_PRODUCTS = 2 * 10**9
+"""Products of shares that the nulls of a report may take, unless told otherwise: some seconds of one core."""
+
+PLACED_ON = (8, 4, 2)
+"""GPUs that experts are tried on: the first number that divides them."""
+
+FEWEST_PERMUTATIONS, MOST_PERMUTATIONS = 1_000, 10_000
 
 
 def activations(profile: "RoutingProfile", domain: str | None = None) -> dict[Measure, Activation]:
@@ -69,8 +84,12 @@ def analyze(
     routers: "RouterTables | None" = None,
     sample: "TokenSample | None" = None,
     weights: WeightSimilarity | None = None,
+    permutations: int | None = None,
 ) -> ReportData:
     """Compute what a report shows of a profile.
+
+    The nulls multiply many small matrices: on a busy machine they are several times faster where the environment
+    variable OPENBLAS_NUM_THREADS is 1 before numpy is imported, as the command line has it.
 
     Args:
         profile: A checked profile.
@@ -83,10 +102,14 @@ def analyze(
         routers: Router weights that were compared before, where they are not at hand now.
         sample: The router's distributions for some tokens, for the 3-D view.
         weights: What a pass over the experts' weights of this model has found, for its own part of the report.
+        permutations: Random orders of the experts that correlation is held against, and simulations of the search for
+            a period. None takes 1,000 to 10,000, fewer for larger models; 0 leaves both out.
 
     Raises:
-        ValueError: The measure was not recorded.
+        ValueError: The measure was not recorded, or `permutations` is negative.
     """
+    if permutations is not None and permutations < 0:
+        raise ValueError(f"permutations must not be negative, got {permutations}")
     views = activations(profile)
     if measure not in views:
         raise ValueError(f"measure {measure!r} was not recorded; the profile has {', '.join(sorted(views))}")
@@ -100,6 +123,8 @@ def analyze(
     reach = max((*chosen, delta_max))
     full = correlation if reach == delta_max or not correlate else layer_correlation(views[measure], reach)
     counts = profile.selection_counts.sum(axis=(0, 1))
+    splits = profile.split_counts.sum(axis=1)
+    nulls, period = _against_chance(views[measure], splits, permutations) if correlate else (None, None)
     similarity = None
     if router_weights:
         similarity = router_similarity(router_weights, layers, delta_max)
@@ -133,7 +158,49 @@ def analyze(
         domains=_by_domain(profile, measure, chosen, delta_max),
         sample=sample,
         weights=weights,
+        reliability=layer_reliability(splits, profile.model.experts, layers, profile.tokens),
+        nulls=nulls,
+        period=period,
+        used=_used(profile, views["frequency"]),
     )
+
+
+def _used(profile: "RoutingProfile", frequency: Activation) -> ExpertsUsed:
+    """How experts are used, over the splits of the prompts where that is asked."""
+    model = profile.model
+    experts, layers = model.experts, model.layer_indices
+    seen = np.flatnonzero(profile.split_counts.any(axis=(0, 2, 3)))
+    pairs = profile.coactivation
+    gpus = next((number for number in PLACED_ON if not any(width % number for width in experts)), None)
+    alike = len(set(experts)) == 1
+    return ExpertsUsed(
+        use=expert_use(frequency),
+        phases=phase_contrast(profile.selection_counts, profile.token_counts, experts, layers),
+        domains=tuple(profile.domains[place] for place in seen),
+        specialisation=specialisation(profile.split_counts[:, seen], experts, layers) if len(seen) > 1 else None,
+        coactivation=None if pairs is None else coactivation(pairs, model.top_k, profile.tokens, experts, layers),
+        placement=held_out_placement(profile.split_counts.sum(axis=1), experts, layers, gpus, gpus)
+        if gpus is not None and alike
+        else None,
+    )
+
+
+def affordable_permutations(layers: int, experts: int) -> int:
+    """Permutations that a report of so many layers and experts takes by itself."""
+    affordable = PERMUTED_PRODUCTS // max(layers * layers * experts, 1)
+    return min(max(affordable, FEWEST_PERMUTATIONS), MOST_PERMUTATIONS)
+
+
+def _against_chance(
+    activation: Activation, splits: NDArray[np.int64], permutations: int | None
+) -> tuple[LayerNulls | None, PeriodFinding | None]:
+    """Correlation and periods against their nulls; nothing where `permutations` is 0."""
+    if permutations is None:
+        permutations = affordable_permutations(*activation.matrix.shape)
+    if not permutations:
+        return None, None
+    nulls = layer_nulls(activation, splits, permutations=permutations)
+    return nulls, find_period(activation, splits, simulations=permutations)
 
 
 def _by_domain(

@@ -23,7 +23,7 @@ from moescope.viz.events import SUFFIX, write_events
 from moescope.viz.expert_load import eplb, sglang
 from moescope.viz.parity import parity_data
 from moescope.viz.report_data import ReportData
-from moescope.viz.structured import StructuredFormat, analysis_data, encode
+from moescope.viz.structured import SUFFIXES, StructuredFormat, analysis_data, encode
 from moescope.viz.tables import NAMES, Table, calibration, metadata, pruning, tables
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
@@ -87,6 +87,7 @@ def export(
     measure: Measure | None = None,
     intervals: Sequence[int] | None = None,
     delta_max: int = 30,
+    permutations: int | None = None,
     routed_scaling_factor: float | None = None,
     routers: "RouterTables | None" = None,
     weights: WeightSimilarity | None = None,
@@ -107,6 +108,7 @@ def export(
         measure: What correlation and periodic patterns rest on; None is the selection frequency.
         intervals: Distances Δ of the periodic patterns; None takes the defaults.
         delta_max: Largest Δ of the correlation matrix.
+        permutations: See `analyze`; for the structured data alone.
         routed_scaling_factor: See `parity_data`; for that format alone.
         routers: Router weights that were compared, for the structured data; see `moescope.profiler.sidecars`.
         weights: What the experts' weights say, for the structured data.
@@ -123,6 +125,9 @@ def export(
         raise ExportError(f"--routed-scaling-factor belongs to --format parity, not to {export_format}")
     if measure is not None and export_format == "parity":
         raise ExportError("--measure does not apply to --format parity, whose measure is the earlier tool's")
+    structured = export_format in SUFFIXES
+    if permutations is not None and not structured:
+        raise ExportError(f"--permutations belongs to --format json, jsonl and pickle, not to {export_format}")
     if measure is not None and export_format in _COUNTS_ALONE:
         raise ExportError(f"--measure does not apply to --format {export_format}, which rests on selection counts")
     if least_tokens is not None and export_format != "calibration":
@@ -162,6 +167,7 @@ def export(
             delta_max=delta_max,
             routers=routers,
             weights=weights,
+            permutations=permutations if structured else 0,
         )
     except ValueError as error:
         raise ExportError(f"--measure {measure}: {error}") from error

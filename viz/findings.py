@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from moescope.stats.periodicity import MODERATE, STRONG
 from moescope.stats.similarity import RouterSimilarity
 from moescope.viz.activation import NAMES
+from moescope.viz.certainty import distance_finding, period_finding, reliability_finding
 from moescope.viz.report_data import ReportData
+from moescope.viz.use_findings import use_findings
 from moescope.viz.weight_findings import weight_findings
 
 FEW_SELECTIONS = 100
@@ -17,21 +19,31 @@ FEW_SELECTIONS = 100
 
 
 def findings(report: ReportData) -> list[str]:
-    """Sentences for the head of a report: periods, load, routers, and how much they can carry."""
+    """Sentences for the head of a report: periods and distances, how much the run can carry, load, routers, weights."""
     if not report.tokens:
         return ["No tokens were routed: there is nothing to find."]
     found = [
-        _periods(report) if report.correlated else "",
+        *_periods(report),
+        amount(report),
         _load(report),
+        *(use_findings(report.used) if report.used is not None else ()),
         router_finding(report.router_similarity) if report.router_similarity is not None else "",
         *(weight_findings(report.weights)[:2] if report.weights is not None else ()),
-        _amount(report),
     ]
     return [sentence for sentence in found if sentence]
 
 
-def _periods(report: ReportData) -> str:
-    """The distances whose mean correlation is highest, against all others."""
+def _periods(report: ReportData) -> tuple[str, ...]:
+    """What was found against chance; where that was left out, what was measured."""
+    if not report.correlated:
+        return ()
+    if report.period is None or report.nulls is None:
+        return (_distances(report),)
+    return period_finding(report.period), distance_finding(report.nulls)
+
+
+def _distances(report: ReportData) -> str:
+    """The distances whose mean correlation is highest, against all others; nothing is held against chance."""
     shown = _by_mean(report.correlation.matrix, report.correlation.deltas)
     if not shown:
         return "No distance is spanned by two comparable pairs of layers: periods cannot be measured."
@@ -49,8 +61,8 @@ def _periods(report: ReportData) -> str:
     rest = f"; at every other distance the mean is {max(others):+.2f} or lower" if others else ""
     strength = "strongly" if high[0][1] > STRONG else "moderately"
     return (
-        f"Expert use of layers is {strength} correlated at {listed}{more}{rest}. Whether that is more than chance "
-        "needs a null model; see the number of pairs."
+        f"Expert use of layers is {strength} correlated at {listed}{more}{rest}. It was not held "
+        "against chance, which was left out."
     )
 
 
@@ -90,15 +102,19 @@ def _by_mean(matrix: NDArray[np.float64], deltas: Sequence[int]) -> list[tuple[i
     return [(deltas[usable[i]], float(means[i]), int(pairs[usable[i]])) for i in order]
 
 
-def _amount(report: ReportData) -> str:
-    """How much the counts can carry."""
-    return short_run(report) or (
+def amount(report: ReportData) -> str:
+    """How much the run can carry: what was measured of it, else the number of selections."""
+    if report.reliability is not None:
+        return reliability_finding(report.reliability)
+    return caution(report) or (
         f"{report.tokens:,} tokens give {_selections(report):,.0f} selections an expert on average."
     )
 
 
-def short_run(report: ReportData) -> str:
-    """A warning where the counts are too few to carry a correlation, else ""."""
+def caution(report: ReportData) -> str:
+    """A warning where the run is too short to carry a correlation, else ""."""
+    if report.reliability is not None:
+        return reliability_finding(report.reliability) if report.reliability.too_short else ""
     mean = _selections(report)
     if mean >= FEW_SELECTIONS:
         return ""

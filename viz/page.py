@@ -66,7 +66,7 @@ class Page:
         findings: sentences on what stands out.
         sections: figures in order.
         domains: domains to choose from; empty shows no selector.
-        table: heading, column names and rows of a table at the end; numbers are set right.
+        tables: heading, column names and rows of each table at the end; numbers are set right.
         footer: last line.
     """
 
@@ -78,7 +78,7 @@ class Page:
     findings: Sequence[str]
     sections: Sequence[Section]
     domains: Sequence[str] = ()
-    table: tuple[str, Sequence[str], Sequence[Sequence[str | int]]] | None = None
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str | int]]]] = ()
     footer: str = ""
 
 
@@ -121,8 +121,7 @@ def page_text(page: Page) -> str:
         "dark_diverging": theme.DARK_DIVERGING,
     }
     body = [_head(page), *(_section(section, bool(page.domains)) for section in page.sections)]
-    if page.table is not None:
-        body.append(_table(*page.table))
+    body += [_table(f"table-{place}", *table) for place, table in enumerate(page.tables)]
     return Template(_asset("report.html")).substitute(
         title=_text(page.title),
         subject=_text(page.subject),
@@ -269,9 +268,9 @@ def _select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
     return _SELECT.substitute(id=name, label=label, options=made)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
+def _table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
     return _TABLE.substitute(
-        id="table",
+        id=name,
         title=_text(title),
         columns="".join(Template("<th>$text</th>").substitute(text=_text(column)) for column in columns),
         rows="\n".join(_ROW.substitute(cells="".join(_cell(value) for value in row)) for row in rows),

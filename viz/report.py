@@ -47,8 +47,8 @@ def write_report(
     figures = {
         "expert_activation_heatmap.html": activation_heatmap(report.activations, about),
         "layer_correlation_matrix.html": correlation_heatmap(report.correlation, about),
-        "periodic_pattern_analysis.html": periodic_bars(report.periodic, about),
-        "periodic_pattern_analysis_detailed.html": periodic_boxes(report.periodic, about),
+        "periodic_pattern_analysis.html": periodic_bars(report.periodic, about, report.nulls),
+        "periodic_pattern_analysis_detailed.html": periodic_boxes(report.periodic, about, report.nulls),
         "router_similarity_matrix.html": router_cosine_heatmap(report.router_similarity, about),
         "router_norm_correlation.html": router_norm_heatmap(report.router_similarity, about),
         "expert_activation_3d.html": activation_surface(report.sample, about),

@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moescope.stats.activation import Activation, LayerLoad, Measure
+from moescope.stats.coactivation import Coactivation
 from moescope.stats.correlation import LayerCorrelation
+from moescope.stats.nulls import LayerNulls
+from moescope.stats.period_finder import PeriodFinding
 from moescope.stats.periodicity import PeriodicPatterns
+from moescope.stats.placement import HeldOutPlacement
+from moescope.stats.reliability import Reliability
 from moescope.stats.similarity import RouterSimilarity
+from moescope.stats.specialisation import Specialisation
+from moescope.stats.use import ExpertUse, PhaseContrast
 from moescope.stats.weight_similarity import WeightSimilarity
 
 if TYPE_CHECKING:  # a hand-over type
@@ -34,6 +41,27 @@ class DomainView:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ExpertsUsed:
+    """How experts are used, by selections.
+
+    Attributes:
+        use: evenness of each layer.
+        phases: prefill against decode.
+        domains: names of the domains, in the order of `specialisation`.
+        specialisation: each domain against all others, or None where there is but one.
+        coactivation: pairs of experts against chance, or None where they were not recorded.
+        placement: experts on GPUs, or None where they cannot be placed evenly.
+    """
+
+    use: ExpertUse
+    phases: PhaseContrast
+    domains: tuple[str, ...]
+    specialisation: Specialisation | None
+    coactivation: Coactivation | None
+    placement: HeldOutPlacement | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ReportData:
     """One profile's results and where they come from.
 
@@ -57,6 +85,10 @@ class ReportData:
         domains: each domain by itself; empty where there is but one.
         sample: the router's distributions for some tokens of one prompt, or None.
         weights: what the experts' weights say, or None where they were not read.
+        reliability: how far another run would give the same selection frequencies, or None where it was not computed.
+        nulls: layer correlation held against chance, or None where that was left out.
+        period: what a scan of all periods found, or None where that was left out.
+        used: how experts are used, or None where it was not computed.
     """
 
     model_id: str
@@ -78,6 +110,10 @@ class ReportData:
     domains: tuple[DomainView, ...] = ()
     sample: "TokenSample | None" = None
     weights: WeightSimilarity | None = None
+    reliability: Reliability | None = None
+    nulls: LayerNulls | None = None
+    period: PeriodFinding | None = None
+    used: ExpertsUsed | None = None
 
     @property
     def measure(self) -> Measure:

@@ -10,12 +10,15 @@ import plotly.io as pio
 
 from moescope.viz import theme
 from moescope.viz.activation import NAMES, colour_end
+from moescope.viz.chance import corrected_heatmap, distance_against_chance, period_scan, reliability_by_layer
 from moescope.viz.correlation import correlation_heatmap
 from moescope.viz.findings import findings
 from moescope.viz.load import load_by_layer
 from moescope.viz.page import Page, Section, packed
 from moescope.viz.periodicity import periodic_bars, periodic_boxes
-from moescope.viz.report_data import DomainView, ReportData
+from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
+from moescope.viz.use import effective_by_layer, phases_by_layer, placement_by_layer, specialised_experts
+from moescope.viz.use_findings import TableRows, specialised_table, together_table
 from moescope.viz.weights_page import expert_sections
 from moescope.viz.wording import by_layer, index_ranges, minute, subject
 
@@ -42,7 +45,7 @@ def report_page(report: ReportData, figures: Mapping[str, go.Figure]) -> Page:
         findings=findings(report),
         sections=_sections(report, figures),
         domains=[view.name for view in _selectable(report)],
-        table=_tokens(report),
+        tables=[*_use_tables(report.used), _tokens(report)],
         footer=f"moescope {report.versions.get('moescope', '')} · recorded {minute(report.created)}",
     )
 
@@ -125,6 +128,8 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
             340,
         ),
         *(_correlation_sections(report, figures, tall) if report.correlated else ()),
+        *_reliability_sections(report, tall),
+        *(_use_sections(report.used) if report.used is not None else ()),
         Section(
             "routers",
             "Router similarity",
@@ -171,11 +176,13 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             variants=_differences(report, correlation, lambda view: correlation_heatmap(view.correlation)),
             page="layer_correlation_matrix.html",
         ),
+        *_chance_sections(report),
         Section(
             "periods",
             "Periodic patterns",
             "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
-            "pairs share layers, so the bar is a spread, not a confidence interval.",
+            "pairs share layers, so the line is a spread, not a confidence interval; the grey band is 95% of what "
+            "experts in random order give.",
             bars,
             variants=_differences(report, bars, lambda view: periodic_bars(view.periodic)),
             page="periodic_pattern_analysis.html",
@@ -189,6 +196,120 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             page="periodic_pattern_analysis_detailed.html",
         ),
     ]
+
+
+def _chance_sections(report: ReportData) -> list[Section]:
+    sections = []
+    if report.nulls is not None:
+        sections.append(
+            Section(
+                "chance",
+                "Correlation against chance",
+                "Mean correlation at each distance, with its 95% interval over parts of the prompts. In the band lie "
+                f"95% of {report.nulls.free.permutations:,} random orders of the experts; only what is above the "
+                "dashed line (a full mark) is more than the largest of as many looks would be by chance. Near layers "
+                "that are alike rise above it too: that alone is no period.",
+                distance_against_chance(report.nulls),
+            )
+        )
+    if report.period is not None:
+        sections.append(
+            Section(
+                "scan",
+                "Search for a period",
+                "For each period: whether layers at its multiples correlate more than layers one nearer or further "
+                "apart. A period counts (a full mark) where it is above both dashed lines, that of experts in random "
+                "order and that of alignment that only fades with distance. Multiples and divisors of a period can "
+                "rise with it; the one that explains most is reported.",
+                period_scan(report.period),
+            )
+        )
+    return sections
+
+
+def _reliability_sections(report: ReportData, tall: int) -> list[Section]:
+    found = report.reliability
+    if found is None:
+        return []
+    sections = [
+        Section(
+            "reliability",
+            "Reliability by layer",
+            "How a layer's selection frequencies would correlate with those of another run of this size on other "
+            f"prompts of the same kind, ± 95% over parts of the prompts. At {found.target:.1f} (dashed) a correlation "
+            "of two such layers is weakened by a tenth; an open mark is not shown to be above 0.",
+            reliability_by_layer(found),
+            380,
+        )
+    ]
+    if report.correlated:
+        sections.append(
+            Section(
+                "corrected",
+                "Layer correlation without sampling noise",
+                "The correlation that endless prompts would show, by the correction for attenuation. Grey cells lie "
+                "past the end of the model, or a layer's reliability is not shown to be above 0.",
+                corrected_heatmap(found, report.correlation.deltas[-1]),
+                tall,
+            )
+        )
+    return sections
+
+
+def _use_sections(used: ExpertsUsed) -> list[Section]:
+    sections = [
+        Section(
+            "effective",
+            "Effective experts by layer",
+            "As many equally used experts as would spread a layer's use so; hover for entropy, Gini and Jain.",
+            effective_by_layer(used.use),
+            340,
+        )
+    ]
+    if used.specialisation is not None:
+        sections.append(
+            Section(
+                "specialisation",
+                "Experts that a domain prefers",
+                "How many experts of a layer a domain uses more than all others together do, each shown over parts of "
+                "the prompts with 5% for any false alarm among all looks. The clearest are in the table below.",
+                specialised_experts(used.specialisation, used.domains),
+                int(np.clip(26 * len(used.domains) + 140, LOWEST, HIGHEST)),
+            )
+        )
+    if used.phases.domains:
+        sections.append(
+            Section(
+                "phases",
+                "Prefill against decode",
+                "How far apart the phases' use of experts is, over the same mix of domains. The dashed line is what "
+                "independent selections alone would give; tokens of a prompt are not independent, so it is no test.",
+                phases_by_layer(used.phases),
+                360,
+            )
+        )
+    if used.placement is not None:
+        sections.append(
+            Section(
+                "placement",
+                "Experts on GPUs",
+                f"How many times the mean load the busiest of {used.placement.gpus} GPUs would carry: experts in "
+                "order, and placed by the load of half of the prompts. All are measured on the other half.",
+                placement_by_layer(used.placement),
+                360,
+            )
+        )
+    return sections
+
+
+def _use_tables(used: ExpertsUsed | None) -> list[TableRows]:
+    if used is None:
+        return []
+    tables = (
+        specialised_table(used.specialisation, used.domains) if used.specialisation is not None else None,
+        together_table(used.coactivation) if used.coactivation is not None else None,
+    )
+    return [table for table in tables if table is not None]
 
 
 def _layer_figure(name: str) -> go.Figure:

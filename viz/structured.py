@@ -11,7 +11,9 @@ import numpy as np
 
 from moescope.stats.activation import Activation, LayerLoad
 from moescope.stats.periodicity import PeriodicPattern
+from moescope.viz.certainty_trees import certainty_summary, null_tree, period_tree, reliability_tree
 from moescope.viz.report_data import ReportData
+from moescope.viz.use_trees import use_trees
 from moescope.viz.weight_trees import expert_tree, router_tree
 
 StructuredFormat = Literal["json", "jsonl", "pickle"]
@@ -88,6 +90,10 @@ def analysis_data(report: ReportData, export_format: str = "json") -> dict[str, 
         "periodic_patterns": {
             str(pattern.delta): _pattern(pattern, report.measure) for pattern in report.periodic.patterns
         },
+        "correlation_null": null_tree(report.nulls, report.reliability),
+        "period_finder": period_tree(report.period),
+        "reliability": reliability_tree(report.reliability),
+        **use_trees(report.used),
         "router_similarity": router_tree(report.router_similarity),
         "expert_similarity": expert_tree(report.weights),
     }
@@ -119,6 +125,7 @@ def analysis_summary(report: ReportData) -> dict[str, Any]:
                 }
                 for pattern in report.periodic.patterns
             },
+            **certainty_summary(report),
             "invariant_holds": not report.violations,
             "dead_experts": sum(len(load.dead_experts) for load in loaded),
             "load_max_over_mean": max((load.max_over_mean for load in loaded), default=None),

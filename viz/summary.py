@@ -1,15 +1,19 @@
 """The summary as text."""
 
+import math
 from collections.abc import Iterable
 from statistics import median
 from textwrap import wrap
 
 from moescope.stats.activation import LayerLoad
+from moescope.stats.nulls import LayerNulls
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.activation import NAMES
-from moescope.viz.findings import short_run
-from moescope.viz.report_data import ReportData
+from moescope.viz.certainty import distance_finding, period_finding, reliability_finding
+from moescope.viz.findings import caution
+from moescope.viz.report_data import ExpertsUsed, ReportData
 from moescope.viz.theme import clip, printable
+from moescope.viz.use_findings import use_findings
 from moescope.viz.weight_findings import verdict_in_words, weight_findings
 from moescope.viz.wording import by_layer, in_bytes, index_ranges
 
@@ -23,9 +27,11 @@ def summary_text(report: ReportData) -> str:
         section("Model", _model(report)),
         section("Run", _run(report)),
         section("Tokens", _tokens(report)),
-        section("Check", [*_check(report), *field("note", short_run(report))] if short_run(report) else _check(report)),
+        section("Check", _check(report)),
+        section("How sure", _certainty(report)),
         section(f"Periodic patterns in {NAMES[report.measure]}", _patterns(report)),
         section("Expert load", _load(report)),
+        *([section("Use of experts", _used(report.used))] if report.used is not None else ()),
         *([section("Experts' weights", _weights(report.weights))] if report.weights is not None else ()),
     ]
     return "\n".join(["moescope summary", "=" * len("moescope summary"), "", "\n\n".join(sections), ""])
@@ -86,19 +92,51 @@ def _check(report: ReportData) -> list[str]:
     return lines + field("layers at fault", index_ranges(report.violations))
 
 
+def _used(used: ExpertsUsed) -> list[str]:
+    """Evenness, domains, phases, pairs and placement in sentences."""
+    lines = [line for sentence in use_findings(used) for line in wrap(printable(sentence), WIDTH)]
+    return lines or ["no expert was selected: not measurable"]
+
+
+def _certainty(report: ReportData) -> list[str]:
+    """Periods and distances against chance, and how reliable the profiles are."""
+    told = {
+        "period": period_finding(report.period) if report.period is not None else "",
+        "distances": distance_finding(report.nulls) if report.nulls is not None else "",
+        "reliability": reliability_finding(report.reliability) if report.reliability is not None else caution(report),
+    }
+    lines = [line for label, sentence in told.items() if sentence for line in field(label, sentence)]
+    return lines or ["not held against chance"]
+
+
 def _patterns(report: ReportData) -> list[str]:
     """One line an interval."""
     if not report.correlated:
         return ["left out"]
     if not report.periodic.patterns:
         return ["the model has no two MoE layers: not measurable"]
-    lines = [f"{'Δ':>5}{'mean r':>10}{'std':>10}{'pairs':>8}  strength"]
+    against = f"{'chance':>18}{'p':>9}" if report.nulls is not None else ""
+    lines = [f"{'Δ':>5}{'mean r':>10}{'std':>10}{'pairs':>8}{against}  strength"]
     for pattern in report.periodic.patterns:
         measured = pattern.num_pairs > 0
         mean, std = (f"{pattern.mean:.4f}", f"{pattern.std:.4f}") if measured else ("-", "-")
-        lines.append(f"{pattern.delta:>5}{mean:>10}{std:>10}{pattern.num_pairs:>8}  {pattern.strength}")
+        chance = _chance(report.nulls, pattern.delta) if report.nulls is not None else ""
+        lines.append(f"{pattern.delta:>5}{mean:>10}{std:>10}{pattern.num_pairs:>8}{chance}  {pattern.strength}")
     lines.append("Δ in model layers; r is Pearson over experts; strong > 0.7, moderate > 0.4")
+    if report.nulls is not None:
+        lines.append("chance: 95% of the means with experts in random order; p: for all distances looked at together")
     return lines
+
+
+def _chance(nulls: LayerNulls, delta: int) -> str:
+    """What chance gives at a distance, and the p-value there."""
+    null = nulls.free
+    if delta not in null.deltas:
+        return f"{'-':>18}{'-':>9}"
+    place = null.deltas.index(delta)
+    low, _, high = null.null_quantiles[:, place]
+    p = null.p_family[place]
+    return f"{f'{low:+.3f}':>8} to{f'{high:+.3f}':>7}{f'{p:.2g}' if math.isfinite(p) else '-':>9}"
 
 
 def _load(report: ReportData) -> list[str]:

@@ -45,7 +45,7 @@ def similarity_page(result: WeightSimilarity, figures: Mapping[str, go.Figure]) 
         notes=(),
         findings=[*weight_findings(result), *([routers] if routers else [])],
         sections=[*expert_sections(result, figures), *_router_sections(result, figures)],
-        table=_table(result.verdict, "Pairs of layers", ("layers", "Δ"), _pair_cells),
+        tables=_tables(result.verdict, "Pairs of layers", ("layers", "Δ"), _pair_cells),
         footer=_footer(result),
     )
 
@@ -94,7 +94,7 @@ def change_page(change: WeightChange, figures: Mapping[str, go.Figure]) -> Page:
                 page="expert_match_matrix.html",
             ),
         ],
-        table=_table(change.verdict, "Layers", ("layer",), _layer_cells),
+        tables=_tables(change.verdict, "Layers", ("layer",), _layer_cells),
         footer=_footer(change),
     )
 
@@ -246,19 +246,19 @@ def _read(coverage: WeightCoverage) -> str:
     return f"{amount}: a sketch, {coverage.coordinates:,} of {coverage.coordinates_total:,} weights of each expert"
 
 
-def _table(
+def _tables(
     found: Verdict | None, what: str, columns: tuple[str, ...], cells: Callable[[PairVerdict], tuple[str | int, ...]]
-) -> tuple[str, Sequence[str], Sequence[Sequence[str | int]]] | None:
-    """One row a matched pair, clearest first; none without any."""
+) -> list[tuple[str, Sequence[str], Sequence[Sequence[str | int]]]]:
+    """One row a matched pair, clearest first; no table without any."""
     if found is None:
-        return None
+        return []
     order = clearest_first(found)[:MOST_ROWS]
     shown = (
         f"the clearest {len(order):,} of {len(found.pairs):,}" if len(order) < len(found.pairs) else f"{len(order):,}"
     )
     rows = [(*cells(found.pairs[place]), *_measured_cells(found.pairs[place])) for place in order]
     alpha = f"{found.alpha:.0%} chance of any false alarm over {found.tests:,} tests"
-    return f"{what} matched: {shown} ({alpha})", (*columns, *MEASURED), rows
+    return [(f"{what} matched: {shown} ({alpha})", (*columns, *MEASURED), rows)]
 
 
 def _pair_cells(pair: PairVerdict) -> tuple[str | int, ...]:

@@ -63,3 +63,8 @@ def subject(report: ReportData) -> str:
     top_k = by_layer([load.top_k for load in report.loads], report.layers)
     name, depth = short_name(report.model_id), len(report.layers)
     return f"{name} · {depth} MoE layers · {experts} experts, top-{top_k} · {report.tokens:,} tokens"
+
+
+def p_value(p: float) -> str:
+    """A p-value in words, with two digits; "p unknown" where it is NaN."""
+    return "p unknown" if p != p else "p < 0.0001" if p < 9.5e-5 else f"p = {p:.2g}"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moescope.stats.placement import placement_imbalance, placement_preview
+from moescope.stats.placement import held_out_placement, placement_imbalance, placement_preview
 
 
 def plain_policy(load: list[float], gpus: int, redundant: int) -> list[list[int]]:
@@ -79,3 +79,18 @@ def test_layers_without_load_are_undefined() -> None:
 def test_what_cannot_be_divided(experts: tuple[int, ...], gpus: int, redundant: int) -> None:
     with pytest.raises(ValueError, match=r"divided|expected|must be"):
         placement_preview(skewed(2, 8), experts, (0, 1), gpus, redundant)
+
+
+def test_a_placement_is_tried_on_the_splits_that_it_was_not_made_from() -> None:
+    rng = np.random.default_rng(3)
+    splits = rng.poisson(rng.gamma(0.6, size=(3, 16)) * 50, size=(16, 3, 16))
+    splits[5] = 0  # holds nothing and so belongs to neither half
+    used = np.delete(splits, 5, axis=0)
+    found = held_out_placement(splits, (16,) * 3, (0, 1, 2), 4, 4)
+    made = placement_preview(used[::2].sum(axis=0), (16,) * 3, (0, 1, 2), 4, 4)
+    other = used[1::2].sum(axis=0)
+    for name in ("contiguous", "greedy", "replicated"):
+        slots = getattr(made, name).physical_to_logical
+        np.testing.assert_array_equal(getattr(found, name), placement_imbalance(other, slots, 4))
+    assert (found.greedy != made.greedy.imbalance).all()
+    assert np.isnan(held_out_placement(splits[:1], (16,) * 3, (0, 1, 2), 4, 4).greedy).all()

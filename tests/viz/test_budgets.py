@@ -11,7 +11,7 @@ from weight_results import weight_similarity
 
 from moescope.profiler.profile import EngineInfo, LayerInfo, ModelInfo, RoutingProfile, RunInfo
 from moescope.profiler.sidecars import TokenSample, choose_layers
-from moescope.viz.analysis import analyze
+from moescope.viz.analysis import affordable_permutations, analyze
 from moescope.viz.report import write_report
 from moescope.viz.weights_report import write_weights
 
@@ -48,15 +48,31 @@ def large_profile(layers: int, experts: int, domains: int, top_k: int = 8) -> Ro
     )
 
 
-def test_statistics_of_94_layers_of_128_experts_take_half_a_second() -> None:
+def test_statistics_of_94_layers_of_128_experts_take_half_a_second_without_their_nulls() -> None:
     profile = large_profile(94, 128, 1)
     profile.check()
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        analyze(profile)
+        analyze(profile, permutations=0)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(("layers", "experts", "expected"), [(12, 16, 10_000), (94, 128, 1768), (300, 512, 1_000)])
+def test_permutations_are_as_many_as_a_model_of_that_size_affords(layers: int, experts: int, expected: int) -> None:
+    assert affordable_permutations(layers, experts) == expected
+
+
+def test_a_small_report_takes_five_seconds(tmp_path: Path) -> None:
+    profile = large_profile(12, 16, 12, top_k=4)
+    start = time.perf_counter()
+    report = analyze(profile)
+    write_report(report, tmp_path)
+    assert time.perf_counter() - start < 5
+    assert report.nulls is not None
+    assert report.period is not None
+    assert report.nulls.free.permutations == report.period.smooth.simulations == 10_000
 
 
 def test_a_report_of_94_layers_of_256_experts_is_under_12_mb(tmp_path: Path) -> None:
@@ -66,7 +82,7 @@ def test_a_report_of_94_layers_of_256_experts_is_under_12_mb(tmp_path: Path) -> 
     values = rng.dirichlet(np.full(256, 0.1), size=(len(shown), 50)).astype(np.float32)
     sample = TokenSample(shown, (256,) * len(shown), np.arange(50, dtype=np.int32), ("token",) * 50, values, "f")
     routers = [rng.normal(size=(256, 32)).astype(np.float32) for _ in range(94)]
-    report = analyze(profile, router_weights=routers, sample=sample)
+    report = analyze(profile, router_weights=routers, sample=sample, permutations=20)
     assert len(report.domains) == 20
     write_report(report, tmp_path)
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 12_000_000

@@ -170,8 +170,7 @@ def test_the_page_has_the_facts() -> None:
 def test_the_table_has_every_pair_and_no_more_than_fit() -> None:
     result = weight_similarity()
     page = similarity_page(result, expert_figures(result) | NO_ROUTERS)
-    assert page.table is not None
-    rows = page.table[2]
+    ((_, _, rows),) = page.tables
     assert result.verdict is not None
     by_layers = {f"{pair.first} and {pair.second}": pair for pair in result.verdict.pairs}
     assert {row[0] for row in rows} == set(by_layers)
@@ -181,20 +180,20 @@ def test_the_table_has_every_pair_and_no_more_than_fit() -> None:
         assert row[4:] == (f"{pair.level:.3f}", f"{pair.p_value:.2g}", f"{pair.identity:.0%}")
     many = replace(result.verdict, pairs=result.verdict.pairs * 20)
     page = similarity_page(replace(result, verdict=many), expert_figures(result) | NO_ROUTERS)
-    assert page.table is not None
-    assert len(page.table[2]) == MOST_ROWS
-    assert page.table[0].startswith("Pairs of layers matched: the clearest 200 of 420")
+    ((title, _, rows),) = page.tables
+    assert len(rows) == MOST_ROWS
+    assert title.startswith("Pairs of layers matched: the clearest 200 of 420")
     bare = weight_similarity(match=False)
-    assert similarity_page(bare, expert_figures(bare) | NO_ROUTERS).table is None
+    assert not similarity_page(bare, expert_figures(bare) | NO_ROUTERS).tables
 
 
 def test_a_change_has_no_distance_in_its_table() -> None:
     change = weight_change()
     figures = dict.fromkeys(CHANGE_PAGES, go.Figure())
     page = change_page(change, figures)
-    assert page.table is not None
-    assert page.table[1] == ("layer", "relation", "mean cosine", "null level", "p, corrected", "own index")
-    assert sorted(row[0] for row in page.table[2]) == list(change.layers)
+    ((_, columns, rows),) = page.tables
+    assert columns == ("layer", "relation", "mean cosine", "null level", "p, corrected", "own index")
+    assert sorted(row[0] for row in rows) == list(change.layers)
     assert page.verdict == (True, verdict_in_words(change))
     assert change_page(weight_change(match=False), figures).verdict is None
     unmeasured = change_page(weight_change(experts=2), figures).verdict
