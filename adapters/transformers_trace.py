@@ -96,5 +96,5 @@ class BatchTrace:
                 used = routed[name][:, part].masked_fill(self._unused[:, None], 0)
                 tensors[name] = used.transpose(0, 1).to(kind).contiguous()
             arrays = {name: array[part] for name, array in self._columns.items()}
-            on_host = {name: on_host(tensor) for name, tensor in tensors.items()}
-            self._writer.append(TraceRows(**arrays, **on_host), arrival(ids.device))
+            moved = {name: on_host(tensor) for name, tensor in tensors.items()}
+            self._writer.append(TraceRows(**arrays, **moved), arrival(ids.device))
