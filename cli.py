@@ -888,13 +888,12 @@ def weights(
                     f"go on with the same command and --resume --output-dir {path}"
                 )
             raise typer.Exit(130) from stop
-        result = _report_weights(record, path, n_jobs, structured=not disable_structured_output)
+        _report_weights(record, path, n_jobs, structured=not disable_structured_output)
     typer.echo(f"Wrote {path / WEIGHTS_NAME} and weights.html beside it")
-    spoilt = [expert for expert in result.unusable if expert.fault == "non-finite"]
+    spoilt = record.spoilt()
     if spoilt:
-        named = ", ".join(f"layer {found.layer} expert {found.expert}" for found in spoilt[:10])
         more = f" and {len(spoilt) - 10} more" if len(spoilt) > 10 else ""
-        raise ModelError(f"{model} has weights that are not finite, left out of the results: {named}{more}")
+        raise ModelError(f"weights that are not finite were left out of the results: {', '.join(spoilt[:10])}{more}")
 
 
 def _report_weights(

@@ -63,6 +63,9 @@ def weigh(
         raise OptionError("resume needs the folder of the interrupted pass")
     if against is not None and deltas is not None:
         raise OptionError("--against compares each layer with the same one there; leave --delta out")
+    for what, name in (("MODEL", model), ("--against", against)):
+        if name == "":
+            raise OptionError(f"{what} is empty; name the folder of a checkpoint or a hub id")
     chosen, keeper = choose_device(device), None
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_weights(model, layers))

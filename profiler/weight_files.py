@@ -111,6 +111,21 @@ class WeightRecord:
     between: NDArray[np.float64] | None = None
     features: NDArray[np.float64] | None = None
 
+    def spoilt(self) -> list[str]:
+        """Experts and router rows with weights that are not finite, in words."""
+        run = self.run
+        names = [run.model] if run.against is None else [run.model, run.against]
+        found = [
+            f"layer {run.layers[layer]} expert {expert} of {names[source]}"
+            for source, layer, expert in np.argwhere(self.non_finite.any(axis=1))
+        ]
+        squares = [self.router_norms] if self.router_products is None else [self.router_products[i] for i in (0, 2)]
+        for name, square in zip(names, squares, strict=True):
+            if square is not None:
+                rows = np.argwhere(~np.isfinite(square))
+                found += [f"layer {run.layers[layer]} router row {row} of {name}" for layer, row in rows]
+        return found
+
 
 def save_weights(record: WeightRecord, path: Path) -> None:
     """Write a record in one step.

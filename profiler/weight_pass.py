@@ -164,7 +164,11 @@ class _Pass:
         self._forms = [[form.to(device) for form in forms] for forms in part_forms(sources)]
         first = sources[0]
         depth, experts = len(first.layers), first.experts
-        self._blocks = plan(self._forms, depth * experts, settings.memory * 2 // 5, sketch=settings.sketch)
+        room = settings.memory * 2 // 5
+        self._blocks = plan(self._forms, depth * experts, room, sketch=settings.sketch)
+        sketched = self._coordinates() < sum(form.rows * form.columns for form in self._forms[0])
+        if settings.sketch and not sketched:  # so small that a sample is all of it
+            self._blocks = plan(self._forms, depth * experts, room)
         self._faults = Faults(len(sources), depth, experts, device)
         lanes = 1 if device.type == "cuda" else n_jobs
         self._features: FeatureSums | None = None
@@ -176,7 +180,7 @@ class _Pass:
         if settings.pairs:
             sides, pairs = match_sides(settings.pairs, first.layers, against=len(sources) > 1)
             self._sums.append(MatchSums(sides, pairs, experts, device))
-            if not settings.sketch:  # rows that are sampled are of different neurons where neurons were permuted
+            if not sketched:  # rows that are sampled are of different neurons where neurons were permuted
                 self._features = FeatureSums(sides, experts, first.width, draw_probes(first.hidden), device)
                 self._sums.append(self._features)
 
@@ -215,7 +219,7 @@ class _Pass:
         threads = "1 thread" if self._n_jobs == 1 else f"{self._n_jobs} threads"
         return PassResult(
             state={name: tensor.cpu() for name, tensor in self._state().items()},
-            coordinates=sum(weights_of(block, self._forms[0]) for block in self._blocks),
+            coordinates=self._coordinates(),
             bytes_read=sum(sizes),
             engine=f"cpu, {threads}" if self._device.type == "cpu" else str(self._device),
             seconds=time.monotonic() - started,
@@ -225,6 +229,10 @@ class _Pass:
         """What has to be the same for a pass to be continued."""
         files = [f"{source.model}\n{source.layers}\n{source.fingerprint()}" for source in self._sources]
         return "\n".join([str(self._settings), *files])
+
+    def _coordinates(self) -> int:
+        """Weights read of each expert."""
+        return sum(weights_of(block, self._forms[0]) for block in self._blocks)
 
     def _bytes(self, block: Block) -> int:
         """Bytes of a block on disk, all checkpoints together."""

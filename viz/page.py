@@ -60,7 +60,8 @@ class Page:
     Attributes:
         title: heading, and what the browser's tab shows.
         subject: one line on what was measured.
-        verdict: the check that stands on top: whether it is good, and its sentence; or None.
+        verdict: the check that stands on top: whether it is good, or None where that is not the question, and its
+            sentence; or None.
         facts: label and value, in order.
         notes: remarks below the facts.
         findings: sentences on what stands out.
@@ -72,7 +73,7 @@ class Page:
 
     title: str
     subject: str
-    verdict: tuple[bool, str] | None
+    verdict: tuple[bool | None, str] | None
     facts: Sequence[tuple[str, str]]
     notes: Sequence[str]
     findings: Sequence[str]
@@ -223,7 +224,7 @@ def _head(page: Page) -> str:
     verdict = ""
     if page.verdict is not None:
         good, text = page.verdict
-        verdict = _VERDICT.substitute(kind="good" if good else "bad", text=_text(text))
+        verdict = _VERDICT.substitute(kind={True: "good", False: "bad", None: "plain"}[good], text=_text(text))
     notes = "\n".join(_ITEM.substitute(text=_text(note)) for note in page.notes)
     return _HEAD.substitute(
         title=_text(page.title),

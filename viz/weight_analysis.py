@@ -117,6 +117,7 @@ def weight_change(record: "WeightRecord", n_jobs: int = 1) -> WeightChange:
     bad: NDArray[np.bool_] = np.logical_or.reduce(record.non_finite)
     whole = np.where(np.logical_or.reduce(bad), np.nan, record.products.sum(axis=1))
     parts = np.where(bad, np.nan, record.products)
+    routers = np.where(np.isfinite(record.router_products).all(axis=0), record.router_products, np.nan)
     unusable = tuple(
         UnusableExpert(run.layers[row], int(expert), "non-finite" if bad[:, row, expert].any() else "zero")
         for row, expert in np.argwhere(~((whole[0] > 0) & (whole[2] > 0)))
@@ -132,8 +133,8 @@ def weight_change(record: "WeightRecord", n_jobs: int = 1) -> WeightChange:
         part_cosine=_cosine(parts),
         relative_change=_relative(whole),
         part_relative_change=_relative(parts),
-        router_cosine=_cosine(record.router_products),
-        router_relative_change=_relative(record.router_products),
+        router_cosine=_cosine(routers),
+        router_relative_change=_relative(routers),
         unusable=unusable,
         matches=matches,
         verdict=verdict(matches) if matches else None,

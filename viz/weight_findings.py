@@ -255,11 +255,14 @@ def _by_part(change: WeightChange) -> str:
 
 def _by_router(change: WeightChange) -> str:
     value = _median(change.router_relative_change)
+    missing = int((~np.isfinite(change.router_relative_change)).sum())
+    lost = f" {missing:,} router row{'s' * (missing > 1)} cannot be compared." if missing else ""
     if not math.isfinite(value):
-        return ""
+        return lost.strip()
     if not np.nan_to_num(change.router_relative_change).any():
-        return "The routers have not changed."
-    return f"Router rows have changed by {_percent(value)} in the median (cosine {_median(change.router_cosine):.4f})."
+        return f"The {'other rows of the ' * bool(missing)}routers have not changed.{lost}"
+    cosine = _median(change.router_cosine)
+    return f"Router rows have changed by {_percent(value)} in the median (cosine {cosine:.4f}).{lost}"
 
 
 def _unusable(experts: Sequence[UnusableExpert]) -> str:

@@ -13,7 +13,7 @@ from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz import theme
 from moescope.viz.similarity import COSINE_BAR, colour_limit, layer_square, square_axes
 
-BINS = 80
+BINS = 40
 MOST_DISTANCES = 6
 """Distances whose experts are drawn one by one: each is a point for every expert of every layer."""
 MOST_DRAWN_AS_SHAPES = 3000
@@ -45,7 +45,8 @@ class _DistanceView:
 def expert_histogram(result: WeightSimilarity, subject: str = "") -> go.Figure:
     """Distribution of the cosine between the same expert of two layers Δ apart, with its mean and median.
 
-    The reader switches between distances, raw and centred; a distance that no pair of layers spans is left out.
+    The reader switches between distances, centred and raw, the most alike first; a distance that no pair of layers
+    spans is left out.
 
     Args:
         result: what to show.
@@ -69,7 +70,7 @@ def expert_histogram(result: WeightSimilarity, subject: str = "") -> go.Figure:
 def expert_scatter(result: WeightSimilarity, subject: str = "") -> go.Figure:
     """Expert across, cosine with the same expert Δ layers further on upwards, starting layer as colour.
 
-    The reader switches between distances, raw and centred; of many distances the first six can be chosen.
+    The reader switches between distances, centred and raw; of many distances the six most alike can be chosen.
 
     Args:
         result: what to show.
@@ -134,10 +135,10 @@ def expert_distance_lines(result: WeightSimilarity, subject: str = "") -> go.Fig
     layers = result.same_index.layers
     deltas = np.arange(1, layers[-1] - layers[0] + 1)
     lines = (
-        ("raw", result.same_index.cosine, theme.NEUTRAL_COLOUR),
-        ("centred", result.same_index.centred, theme.STRONG_COLOUR),
+        ("raw", result.same_index.cosine, theme.NEUTRAL_COLOUR, 5),  # wide, to be seen below the other
+        ("centred", result.same_index.centred, theme.STRONG_COLOUR, 2),
     )
-    for name, cosine, colour in lines:
+    for name, cosine, colour, width in lines:
         matrix = by_distance(finite_mean(cosine, axis=0), layers, deltas.tolist())
         pairs = np.isfinite(matrix).sum(axis=0)
         measured = pairs > 0
@@ -149,8 +150,8 @@ def expert_distance_lines(result: WeightSimilarity, subject: str = "") -> go.Fig
                     customdata=pairs[measured],
                     name=name,
                     mode="lines+markers",
-                    line={"color": colour, "width": 2},
-                    marker={"size": 6},
+                    line={"color": colour, "width": width},
+                    marker={"size": 3 * width},
                     hovertemplate=f"Δ %{{x}}, {name}<br>mean cosine %{{y:.4f}}<br>%{{customdata}} pairs of layers"
                     "<extra></extra>",
                 )
@@ -234,11 +235,11 @@ def clearest_first(verdict: Verdict) -> list[int]:
 
 
 def _distance_views(result: WeightSimilarity) -> Iterator[_DistanceView]:
-    """Raw and centred cosines at each distance that is asked for and has any."""
-    raw = result.by_distance
-    centred = result.centred_by_distance
-    for pair in zip(raw, centred, strict=True):
-        for name, similarity in zip(("raw", "centred"), pair, strict=True):
+    """Centred and raw cosines at each distance that is asked for and has any, the most alike first."""
+    pairs = list(zip(result.centred_by_distance, result.by_distance, strict=True))
+    heights = [next((one.mean for one in pair if np.isfinite(one.mean)), -np.inf) for pair in pairs]
+    for place in np.argsort(np.negative(heights), kind="stable"):
+        for name, similarity in zip(("centred", "raw"), pairs[place], strict=True):
             if similarity.num_pairs:
                 yield _DistanceView(name, similarity, result.layers)
 

@@ -88,7 +88,8 @@ def change_page(change: WeightChange, figures: Mapping[str, go.Figure]) -> Page:
                 "Experts matched one to one",
                 f"Experts of a layer here (rows) against those of the same layer in {short_name(change.against_id)} "
                 "(columns), without what all experts of a layer share; a circle marks the best one-to-one partner. "
-                "Circles off the diagonal are experts that came to another index.",
+                "Circles off the diagonal on strong cells are experts that came to another index; on pale cells they "
+                "mean nothing, as matching finds a partner for everyone.",
                 figures["expert_match_matrix.html"],
                 _matrix_height(figures),
                 page="expert_match_matrix.html",
@@ -191,11 +192,11 @@ def _router_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure])
     ]
 
 
-def _verdict(result: WeightSimilarity | WeightChange) -> tuple[bool, str] | None:
-    """Whether a test could be made, and what it says; none where nothing was to be matched."""
+def _verdict(result: WeightSimilarity | WeightChange) -> tuple[bool | None, str] | None:
+    """Whether a relation was found, and what the test says; none where nothing was to be matched."""
     if result.verdict is None:
         return None
-    return result.verdict.kind != "not measurable", verdict_in_words(result)
+    return True if result.verdict.related else None, verdict_in_words(result)
 
 
 def _matrix_height(figures: Mapping[str, go.Figure]) -> int:

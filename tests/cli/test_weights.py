@@ -106,6 +106,34 @@ def test_an_interruption_after_the_pass_loses_no_sums(cli: Cli, tiny: Path, monk
     assert set(os.listdir("out")) == WRITTEN
 
 
+def test_a_router_that_is_not_finite_is_named_with_its_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    tensors, _ = per_expert(CONFIG, layers=(0, 1, 2))
+    clean = write(tmp_path / "clean", CONFIG, tensors)
+    tensors["model.layers.2.mlp.gate.weight"][1, 0] = torch.inf
+    folder = write(tmp_path / "spoilt", CONFIG, tensors)
+    for arguments in ((folder,), (clean, "--against", folder), (folder, "--against", clean)):
+        done = cli("weights", *arguments, "-o", "out", "--force")
+        assert done.code == 2
+        assert done.error.endswith(f"left out of the results: layer 2 router row 1 of {folder}")
+        assert "The routers have not changed" not in done.out
+
+
+def test_a_sketch_of_a_small_model_is_all_of_it(cli: Cli, tmp_path: Path) -> None:
+    tensors, _ = per_expert(CONFIG, layers=(0, 1, 2))
+    folder = write(tmp_path / "small", CONFIG, tensors)
+    for arguments in ((), ("--against", folder), ("--layers", "0-1")):
+        done = cli("weights", folder, "--sketch", "-o", "out", "--force", *arguments)
+        assert done.code == 0, done.error
+        assert "a sample" not in done.out
+
+
+@pytest.mark.parametrize("arguments", [("",), ("demo:stacked", "--against", "")])
+def test_an_empty_name_is_said_to_be_empty(cli: Cli, arguments: tuple[str, ...]) -> None:
+    done = cli("weights", *arguments, "-o", "out")
+    assert done.code == 2
+    assert "is empty; name the folder of a checkpoint" in done.error
+
+
 def test_weights_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None:
     tensors, _ = per_expert(CONFIG, layers=(0, 1, 2))
     for expert in (0, 2):
@@ -114,7 +142,8 @@ def test_weights_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None
     done = cli("weights", folder, "-o", "out")
     assert done.code == 2
     assert done.error.endswith(
-        "weights that are not finite, left out of the results: layer 1 expert 0, layer 1 expert 2"
+        f"weights that are not finite were left out of the results: layer 1 expert 0 of {folder}, "
+        f"layer 1 expert 2 of {folder}"
     )
     assert f"Wrote {Path('out') / WEIGHTS_NAME} and weights.html beside it" in done.out
     found = weight_similarity(load_weights(Path("out") / WEIGHTS_NAME))

@@ -34,10 +34,10 @@ def test_the_histogram_counts_every_cosine_and_marks_mean_and_median() -> None:
     result = weight_similarity(zero=(1, 2))
     figure = expert_histogram(result, "subject")
     assert titles(figure) == ("Cosine of gate, up and down together", "Experts")
-    assert labels(figure) == ["Δ = 1, raw", "Δ = 1, centred", "Δ = 3, raw", "Δ = 3, centred"]
+    assert labels(figure) == ["Δ = 3, centred", "Δ = 3, raw", "Δ = 1, centred", "Δ = 1, raw"]
     assert [trace.visible for trace in figure.data] == [True] * 3 + [False] * 9
-    for delta, start in ((1, 0), (3, 6)):
-        for cosine, offset in ((result.same_index.cosine, 0), (result.same_index.centred, 3)):
+    for delta, start in ((3, 0), (1, 6)):
+        for cosine, offset in ((result.same_index.centred, 0), (result.same_index.cosine, 3)):
             rows = [(i, j) for i, a in enumerate(result.layers) for j, b in enumerate(result.layers) if b - a == delta]
             values = np.concatenate([cosine[:, i, j] for i, j in rows])
             values = values[np.isfinite(values)]
@@ -66,8 +66,8 @@ def test_the_scatter_has_a_point_for_each_expert_of_each_starting_layer() -> Non
     result = weight_similarity(layers=(2, 3, 5, 6, 8), zero=(1, 2))
     figure = expert_scatter(result)
     assert titles(figure) == ("Expert index", "Cosine with the same expert, Δ layers on")
-    assert labels(figure) == ["Δ = 1, raw", "Δ = 1, centred", "Δ = 3, raw", "Δ = 3, centred"]
-    points = figure.data[2]
+    assert labels(figure) == ["Δ = 1, centred", "Δ = 1, raw", "Δ = 3, centred", "Δ = 3, raw"]
+    points = figure.data[3]
     place = {layer: row for row, layer in enumerate(result.layers)}
     assert sorted(set(points.customdata.tolist())) == [2, 3, 5]
     assert len(points.x) == 3 * 8 - 1, "an expert without weights has no point"
@@ -77,10 +77,13 @@ def test_the_scatter_has_a_point_for_each_expert_of_each_starting_layer() -> Non
         assert cosine == pytest.approx(expected, abs=1e-6)
 
 
-def test_of_many_distances_the_scatter_draws_the_first() -> None:
+def test_of_many_distances_the_scatter_draws_those_most_alike() -> None:
     result = weight_similarity(deltas=range(1, 40), layers=range(10), experts=4, match=False)
-    assert labels(expert_scatter(result))[-1] == f"Δ = {MOST_DISTANCES}, centred"
-    assert labels(expert_histogram(result))[-1] == "Δ = 9, centred"
+    means = {one.delta: one.mean for one in result.centred_by_distance if one.num_pairs}
+    order = sorted(means, key=lambda delta: -means[delta])
+    expected = [f"Δ = {delta}, {name}" for delta in order for name in ("centred", "raw")]
+    assert labels(expert_histogram(result)) == expected
+    assert labels(expert_scatter(result)) == expected[: 2 * MOST_DISTANCES]
 
 
 def test_many_points_are_painted_and_few_are_shapes() -> None:

@@ -198,7 +198,7 @@ def test_a_change_has_no_distance_in_its_table() -> None:
     assert change_page(weight_change(match=False), figures).verdict is None
     unmeasured = change_page(weight_change(experts=2), figures).verdict
     assert unmeasured is not None
-    assert unmeasured[0] is False
+    assert unmeasured[0] is None
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
