@@ -320,7 +320,8 @@ class VllmEngine:
             OptionError: The engine's layers are spread over ranks, none of which sees a whole row.
         """
         if self._receiver is not None:
-            self._call("trace_to", None)
+            with contextlib.suppress(EngineError):  # an engine that died has hung up by itself
+                self._call("trace_to", None)
             self._receiver.close()
             self._receiver = None
         if writer is None:
@@ -330,7 +331,13 @@ class VllmEngine:
                 "--trace: a row's layers are spread over pipeline ranks; leave out pipeline_parallel_size"
             )
         self._traced = 0
-        self._receiver = TraceReceiver(writer, self._folder / "trace.socket")
+        path = self._folder / "trace.socket"
+        try:
+            self._receiver = TraceReceiver(writer, path)
+        except OSError as error:
+            raise OptionError(
+                f"--trace: vLLM's workers cannot be reached through {path} ({error}); set TMPDIR"
+            ) from error
         self._call("trace_to", str(self._receiver.path), writer.about.weights)
 
     def findings(self) -> dict[str, Any]:
