@@ -39,6 +39,9 @@ class TraceSender:
         experts: E, routed experts of a layer.
         weights: Whether routing weights are traced.
 
+    Attributes:
+        weights: Whether routing weights are traced.
+
     Raises:
         OSError: There is no such socket.
     """
@@ -47,7 +50,7 @@ class TraceSender:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
         self._kind = getattr(torch, np.min_scalar_type(experts - 1).name)
-        self._weights = weights
+        self.weights = weights
         self._queue: deque[tuple[Sequence[NDArray[Any]], Callable[[], object] | None, int]] = deque()
         self._waiting = 0
         self._rows = 0
@@ -64,7 +67,7 @@ class TraceSender:
         cells: NDArray[np.int32],
         token_ids: Tensor,
         ids: Tensor,
-        weights: Tensor,
+        weights: Tensor | None,
     ) -> None:
         """Send some rows of a step; nothing is waited for but room.
 
@@ -74,13 +77,14 @@ class TraceSender:
             cells: (n,) where they are counted; see `moescope.profiler.staged.cell_of`.
             token_ids: (n,) on the device.
             ids: (L, n, K) experts on the device.
-            weights: (L, n, K) float32 routing weights on the device, the model's scaling divided out.
+            weights: (L, n, K) float32 routing weights on the device, the model's scaling divided out; None where they
+                are not traced.
 
         Raises:
             EngineError: The other end is gone.
         """
         tensors = [token_ids.to(torch.int32)]
-        if self._weights:
+        if weights is not None:
             tensors.append(weights.transpose(0, 1).to(torch.float16, memory_format=torch.contiguous_format))
         tensors.append(ids.transpose(0, 1).to(self._kind, memory_format=torch.contiguous_format))
         of_cell = cells // (PHASES * SPLITS), cells // SPLITS % PHASES, cells % SPLITS

@@ -481,11 +481,15 @@ class WorkerRecorder:
         kept = (step.cells >= 0) & (numbers >= 0)
         if self._trace is None or step.token_ids is None or not kept.any():
             return
-        ids, weights = recorder.staged(len(step.cells), step.copied)
+        ids, staged = recorder.staged(len(step.cells), step.copied)
+        weights = staged if self._trace.weights else None
         tokens = step.token_ids
         if not kept.all():
             rows = recorder.upload(np.flatnonzero(kept).astype(np.int32))
-            ids, weights, tokens = ids.index_select(1, rows), weights.index_select(1, rows), tokens[rows]
+            ids, tokens = ids.index_select(1, rows), tokens[rows]
+            weights = None if weights is None else weights.index_select(1, rows)
+        if weights is not None:
+            weights = recorder.unscaled(weights)
         self._trace.send(numbers[kept], step.positions[kept], step.cells[kept], tokens, ids, weights)
 
     # called through RPC
@@ -674,17 +678,18 @@ class Saver:
 
 def _batch_order(runner: Any) -> list[str]:
     """Request ids of the step that was just launched, in the order of their rows; model runners V2 and V1."""
-    state = getattr(runner, "execute_model_state", None)
-    batch = getattr(state, "input_batch", None)
-    if batch is None:
-        batch = runner.input_batch
-    return list(batch.req_ids)
+    batch = _launched(runner)
+    return list((runner.input_batch if batch is None else batch).req_ids)
+
+
+def _launched(runner: Any) -> Any:
+    """The batch of the step that was just launched, where the runner keeps one a step; else None."""
+    return getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
 
 
 def _token_ids(runner: Any, rows: int) -> Tensor:
     """(T,) token ids of the step that was just launched, on the device; model runners V2 and V1."""
-    state = getattr(runner, "execute_model_state", None)
-    batch = getattr(state, "input_batch", None)
+    batch = _launched(runner)
     ids: Tensor = runner.input_ids.gpu if batch is None else batch.input_ids
     return ids[:rows]
 

@@ -283,10 +283,14 @@ class StagedRecorder:
             source: A copy of what it staged, if the engine has run on since.
 
         Returns:
-            (L, T, K) int32 expert ids, and (L, T, K) float32 routing weights, the model's scaling divided out.
+            (L, T, K) int32 expert ids, and (L, T, K) float32 routing weights with the model's scaling; see `unscaled`.
         """
         ids, weights = (self.ids, self.weights) if source is None else (source.ids, source.weights)
-        return ids[:, :rows], weights[:, :rows] / self._scales[:, None, None]
+        return ids[:, :rows], weights[:, :rows]
+
+    def unscaled(self, weights: Tensor) -> Tensor:
+        """Staged weights (L, T, K) with the model's scaling divided out."""
+        return weights / self._scales[:, None, None]
 
     def copy(self, rows: int, sampled: int = 0) -> "Copied":
         """A copy of what was staged, poisoning the original: for an engine that runs on before a commit."""

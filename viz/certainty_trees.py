@@ -76,11 +76,7 @@ def period_tree(found: PeriodFinding | None) -> dict[str, Any]:
         return {"periods": None, "reason": NOT_COMPUTED}
     return {
         "measure": found.kind,
-        "period": found.period,
-        "p_value_fading": found.smooth.p_period,
-        "p_value_unaligned": found.unaligned.p_period,
-        "smallest_detectable_effect": found.smallest_detectable,
-        "num_looks": found.looks,
+        **_outcome(found),
         "simulations": found.smooth.simulations,
         "seed": found.seed,
         "layers_in_blocks": None if found.model is None else found.model.jumps,
@@ -118,6 +114,17 @@ def period_tree(found: PeriodFinding | None) -> dict[str, Any]:
     }
 
 
+def _outcome(found: PeriodFinding) -> dict[str, Any]:
+    """What the search came to."""
+    return {
+        "period": found.period,
+        "p_value_fading": found.smooth.p_period,
+        "p_value_unaligned": found.unaligned.p_period,
+        "smallest_detectable_effect": found.smallest_detectable,
+        "num_looks": found.looks,
+    }
+
+
 def reliability_tree(found: Reliability | None) -> dict[str, Any]:
     """Reliability of each layer's selection frequencies; null with a reason where it was not computed."""
     if found is None:
@@ -147,15 +154,7 @@ def certainty_summary(report: ReportData) -> dict[str, Any]:
     """The key numbers, for `analysis_summary`: each null where it was left out."""
     period, nulls, reliability = report.period, report.nulls, report.reliability
     return {
-        "period": None
-        if period is None
-        else {
-            "period": period.period,
-            "p_value_fading": period.smooth.p_period,
-            "p_value_unaligned": period.unaligned.p_period,
-            "smallest_detectable_effect": period.smallest_detectable,
-            "num_looks": period.looks,
-        },
+        "period": None if period is None else _outcome(period),
         "distances_above_chance": None
         if nulls is None
         else [

@@ -230,6 +230,8 @@ class _Simulation:
 class _Sender:
     """Keeps what is sent: experts and token by request and position."""
 
+    weights = True
+
     def __init__(self) -> None:
         self.rows: dict[tuple[int, int], tuple[list[list[int]], int, int]] = {}
 

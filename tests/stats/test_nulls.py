@@ -4,28 +4,15 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from activations import make_activation
 from numpy.typing import NDArray
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import kstest, pearsonr, permutation_test, rankdata, spearmanr
 
-from moescope.stats.activation import Activation, selection_frequency
+from moescope.stats.activation import selection_frequency
 from moescope.stats.layer_divergence import expected_divergence, pairwise_divergence
 from moescope.stats.nulls import LayerNulls, layer_nulls
 from moescope.stats.standardised import normal_scores, rank_rows
-
-
-def make_activation(
-    matrix: NDArray[np.float64], layers: tuple[int, ...] | None = None, experts: tuple[int, ...] | None = None
-) -> Activation:
-    depth, width = matrix.shape
-    return Activation(
-        kind="frequency",
-        matrix=matrix,
-        layers=layers or tuple(range(depth)),
-        experts=experts or (width,) * depth,
-        top_k=(2,) * depth,
-        tokens=100,
-    )
 
 
 def independent(rng: np.random.Generator, depth: int = 8, width: int = 16, spread: float = 1.0) -> NDArray[np.float64]:

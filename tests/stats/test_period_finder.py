@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from activations import make_activation
 from numpy.typing import NDArray
 from scipy.stats import kstest, norm, ttest_1samp
 from scipy.stats import t as student
@@ -22,20 +23,6 @@ from moescope.stats.activation import Activation
 from moescope.stats.period_finder import PeriodFinding, find_period
 from moescope.stats.smooth_alignment import smooth_alignment
 from moescope.stats.standardised import normal_scores, rank_rows
-
-
-def make_activation(
-    matrix: NDArray[np.float64], layers: tuple[int, ...] | None = None, experts: tuple[int, ...] | None = None
-) -> Activation:
-    depth, width = matrix.shape
-    return Activation(
-        kind="frequency",
-        matrix=matrix,
-        layers=layers or tuple(range(depth)),
-        experts=experts or (width,) * depth,
-        top_k=(2,) * depth,
-        tokens=100,
-    )
 
 
 def planted(
