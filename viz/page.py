@@ -123,20 +123,21 @@ def page_text(page: Page) -> str:
     }
     body = [_head(page), *(_section(section, bool(page.domains)) for section in page.sections)]
     body += [_table(f"table-{place}", *table) for place, table in enumerate(page.tables)]
-    return Template(_asset("report.html")).substitute(
+    return Template(asset("report.html")).substitute(
         title=_text(page.title),
         subject=_text(page.subject),
-        css=_asset("report.css"),
+        css=asset("report.css"),
         controls=_domain_select(page.domains),
         body="\n".join(body),
         footer=_text(page.footer),
-        data=_script_json(data),
+        data=script_json(data),
         library=LIBRARY,
-        script=_asset("report.js"),
+        script=asset("report.js"),
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Text of a file that pages are made of."""
     return files("moescope.viz").joinpath("assets", name).read_text(encoding="utf-8")
 
 
@@ -145,7 +146,7 @@ def _text(text: str) -> str:
     return escape(theme.printable(text))
 
 
-def _script_json(data: Any) -> str:
+def script_json(data: Any) -> str:
     """Strict JSON that cannot end the script element it stands in."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
