@@ -40,6 +40,6 @@ def check_vocabulary(tokenizer: Any, token_ids: NDArray[np.integer[Any]], model:
     lowest, highest = int(token_ids.min(initial=0)), int(token_ids.max(initial=0))
     if lowest < 0 or highest >= len(tokenizer):
         raise ModelError(
-            f"the tokenizer of {model} has ids 0 to {len(tokenizer) - 1}, the trace has "
-            f"{lowest if lowest < 0 else highest}; it needs that of the model that was traced"
+            f"{model} has token ids 0 to {len(tokenizer) - 1}, and the trace has "
+            f"{lowest if lowest < 0 else highest}; it takes the tokenizer of the model that was traced"
         )
