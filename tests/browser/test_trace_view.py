@@ -123,6 +123,8 @@ def test_an_expert_is_highlighted_everywhere(made: tuple[TraceView, Path], opene
     settle(opened)
     assert ["hit" in found for found in classes(opened)] == hits(0, 4)
     assert ["away" in found for found in classes(opened)] == [not hit for hit in hits(0, 4)]
+    backgrounds = opened.page.evaluate("[...text.children].map(node => getComputedStyle(node).backgroundColor)")
+    assert [colour != "rgba(0, 0, 0, 0)" for colour in backgrounds] == hits(0, 4), "what is not meant loses its colour"
     assert f"Expert 4 of layer 1: {sum(hits(0, 4))} of the request's 40 tokens" in visible_text(opened.page)
     opened.page.evaluate(MOVE, 1)
     assert ["hit" in found for found in classes(opened)] == hits(1, 4)

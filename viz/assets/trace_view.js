@@ -107,7 +107,6 @@
         name += hit ? " hit" : " away";
       }
       if (column.generated[row]) name += " generated";
-      if (page.texts && !page.texts[row]) name += " empty";
       if (row === state.kept) name += " kept";
       if (row === state.at) name += " at";
       if (node.className !== name) node.className = name;
