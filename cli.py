@@ -276,7 +276,8 @@ def profile(
     token_sample: Annotated[
         bool,
         typer.Option(
-            help="Keep the text and distributions of one prompt's first 50 tokens for the 3-D view, or keep none."
+            help="Keep the text and distributions of one prompt's first 50 tokens for the 3-D view, and a page on the "
+            "trace's first tokens, or keep none."
         ),
     ] = True,
     measure: Measure = MeasureName.frequency,
@@ -502,6 +503,8 @@ def profile(
         opened.close()
         del opened  # a pass over weights wants its memory
         structured = None if disable_structured_output else output_format
+        if tracing is not None and token_sample:
+            _view_beside(tracing.folder, path)
         sample = load_sample(path, done.model)
         data = _report(
             done,
@@ -1138,6 +1141,20 @@ def trace_view(
     view = excerpt_view(found, opened, remarks)
     write_trace_view(view, file)
     typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} requests")
+
+
+def _view_beside(folder: Path, path: Path) -> None:
+    """Write the token view of a run's trace beside its report, which links to it; an empty trace has none."""
+    from moescope.profiler.sidecars import TRACE_VIEW_NAME
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_excerpt import excerpt
+    from moescope.viz.trace_view import TOKENS, excerpt_view
+    from moescope.viz.trace_view_page import write_trace_view
+
+    trace = Trace(folder)
+    if trace.tokens:
+        found = excerpt(trace, None, TOKENS)
+        write_trace_view(excerpt_view(found, *_tokenizer(found, None)), path / TRACE_VIEW_NAME)
 
 
 def _tokenizer(found: "TraceExcerpt", named: str | None) -> tuple[Any, list[str]]:

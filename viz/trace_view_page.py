@@ -45,7 +45,7 @@ OUTER: Final = (1.0, 99.0)
 
 
 def write_trace_view(view: TraceView, path: Path | str) -> Path:
-    """Write the page, about 2 MB and 2 or, with weights, 3 bytes for each expert of a token.
+    """Write the page: about 2 MB, and less than 2 bytes or, with weights, 4 for each expert of a token (E up to 256).
 
     Args:
         view: What to show.

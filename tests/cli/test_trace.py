@@ -38,7 +38,11 @@ def test_profile_traces(cli: Cli, checkpoint: Path) -> None:
     assert again.code == 2
     assert "out/trace holds a trace; choose another folder for --trace, or --force" in again.error
     assert not Path("other").exists()
+    assert '<a href="trace_view.html">' in Path("out/report.html").read_text(encoding="utf-8")
+    assert '"number":1,' in Path("out/trace_view.html").read_text(encoding="utf-8")
     assert cli(*shared, "-o", "other", "--trace", "out/trace", "--force", "--trace-limit", "1KB").code == 0
+    assert not Path("other/trace_view.html").exists(), "the trace is empty"
+    assert "trace_view.html" not in Path("other/report.html").read_text(encoding="utf-8")
     assert Trace("out/trace").index.last.limited == 2
     done = cli(*shared, "-o", "third", "--trace", "third/t", "--trace-sample", 0.000001)
     assert "Wrote the trace third/t: 0 of 2 requests (0.0%), 2 left out by the sample" in done.out
@@ -172,8 +176,10 @@ def test_text_that_looks_like_a_formula_is_harmless_in_csv(cli: Cli, trace: Path
 
 
 def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
-    done = cli("profile", "a <b>é", "-m", checkpoint, "--max-tokens", 4, "-o", "out", "--trace", "auto")
+    shared = ("profile", "a <b>é", "-m", checkpoint, "--max-tokens", 4, "--disable-structured-output")
+    done = cli(*shared, "-o", "out", "--trace", "auto", "--no-token-sample")
     assert done.code == 0, done.err
+    assert not Path("out/trace_view.html").exists(), "text is not to be kept"
     done = cli("trace", "view", "out/trace")
     file = Path("out/trace_view.html").absolute()
     assert (done.code, done.out) == (0, f"Wrote {file}: 10 tokens of 1 requests\n"), done.err
