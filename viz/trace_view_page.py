@@ -179,7 +179,8 @@ def _how_experts(view: TraceView) -> str:
     first = "with the largest weight" if view.shares is not None else "that the router named first (no weights traced)"
     return (
         f"Colour is the expert of the token {first} in the layer. The {len(EXPERT_COLOURS)} experts that are it most "
-        "often, over all tokens of the page, have colours; choose one to see all tokens that have it among their k."
+        "often, over all tokens of the page, have colours; choose one to see all tokens that have it among their k. "
+        f"“In the trace” is the share of tokens that have it, of {_counted(view)}."
     )
 
 

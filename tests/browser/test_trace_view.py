@@ -1,6 +1,7 @@
 """The token view, as its reader uses it: every control acts, tokens of others are only shown, and it stays quick."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ def write_view(folder: Path, *, weights: bool, tokenizer: Any = None) -> tuple[T
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[TraceView, Path]:
-    return write_view(tmp_path_factory.mktemp("view"), weights=True, tokenizer=Texts())
+    """Of a model, domains and remarks that are as hostile as the tokens."""
+    view, file = write_view(tmp_path_factory.mktemp("view"), weights=True, tokenizer=Texts())
+    requests = tuple(replace(one, domain=HOSTILE["image"]) for one in view.requests[2:])
+    remarks = tuple(HOSTILE.values())
+    view = replace(view, model_id=HOSTILE["title end"], requests=(*view.requests[:2], *requests), remarks=remarks)
+    return view, write_trace_view(view, file)
 
 
 @pytest.fixture
@@ -76,6 +82,7 @@ def test_the_page_is_legible(made: tuple[TraceView, Path], show: Show, width: in
         opened.page.click("#numbers")
         opened.page.click("#theme")
         wait_drawn(opened.page)
+        opened.page.evaluate("window.scrollTo(0, 0)")  # else text lies under the bar on top
         assert problems(opened.page) == []
     assert not hostile_ran(opened.page)
     assert opened.faults == []
@@ -224,7 +231,7 @@ def test_a_request_is_chosen(made: tuple[TraceView, Path], opened: Opened) -> No
     assert page.locator("#request option").all_inner_texts() == [
         "0 · code · 40 tokens",
         "2 · code · 40 tokens",
-        "5 · prose · 40 tokens",
+        '5 · <img src=x onerror="win… · 40 tokens',
     ]
     page.select_option("#request", "2")
     settle(opened)
@@ -232,8 +239,8 @@ def test_a_request_is_chosen(made: tuple[TraceView, Path], opened: Opened) -> No
     assert f"Token id {made[0].token[80]} · position 0" in page.inner_text("#token-facts")
 
 
-def test_surfaces_hold_the_shares(made: tuple[TraceView, Path], opened: Opened) -> None:
-    view, page = made[0], opened.page
+def test_surfaces_hold_the_shares(made: tuple[TraceView, Path], show: Show) -> None:
+    view, page = made[0], show(made[1], 700).page  # software draws a small window sooner
     assert view.shares is not None
     page.locator("#surface").scroll_into_view_if_needed()
     page.wait_for_function("document.getElementById('surface').dataset.drawn === '1'")
@@ -246,8 +253,7 @@ def test_surfaces_hold_the_shares(made: tuple[TraceView, Path], opened: Opened) 
         )
         np.testing.assert_allclose(grids[slot], expected, atol=0.002)
     assert "Tokens 0 to 39 of request 0 (all); all 3 layers" in page.inner_text("#space-says")
-    wait_drawn(page)
-    assert problems(page) == []
+    assert page.inner_text("#space-says") in page.get_attribute("#surface", "aria-label")
     page.select_option("#height", "0")
     page.wait_for_function("surface.data.length === 1")
     np.testing.assert_array_equal(page.evaluate("surface.data[0].z"), view.ids[:, :40, 0])

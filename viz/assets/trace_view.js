@@ -368,7 +368,7 @@
       bar: "share", across: shown.length < E ? `Expert (${shown.length} most used of ${E})` : "Expert", along: "Token",
       ticks: { tickvals: chosen.map((_, place) => gap * place), ticktext: chosen.map((layer) => `layer ${layers[layer]}`) },
       says: `Tokens ${span(from, to)}; ${chosen.length === L ? `all ${L}` : `${chosen.length} of ${L}`} layers`
-        + `${chosen.length === L ? "" : ", evenly spaced,"} one surface each, stacked. Height and colour are the share of `
+        + `${chosen.length === L ? "" : ", evenly spaced"}, one surface each, stacked. Height and colour are the share of `
         + `an expert in the token's ${column.shares ? "weight" : "selections, as no weights were traced"}.`,
     };
   }
@@ -415,6 +415,7 @@
     byId("from-name").textContent = count(column.position[from]);
     const made = stacked ? stackedSurfaces(from, to) : singleSurface(from, to, modes[Number(byId("height").value)]);
     byId("space-says").textContent = `${made.says} Turn it with the mouse.`;
+    byId("surface").setAttribute("aria-label", byId("space-says").textContent);
     try {
       await library();
     } catch (error) {
@@ -558,7 +559,7 @@
   byId("colour").addEventListener("change", () => { state.mode = Number(byId("colour").value); refresh(); });
   byId("expert").addEventListener("input", () => {
     const text = byId("expert").value;
-    state.expert = text === "" ? null : Number(text);
+    state.expert = /^\d+$/.test(text) ? Number(text) : null;
     refresh();
   });
   byId("numbers").addEventListener("change", () => {
