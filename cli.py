@@ -1140,7 +1140,7 @@ def trace_view(
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
     write_trace_view(view, file)
-    typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} requests")
+    typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} request(s)")
 
 
 def _view_beside(folder: Path, path: Path) -> None:

@@ -182,7 +182,7 @@ def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
     assert not Path("out/trace_view.html").exists(), "text is not to be kept"
     done = cli("trace", "view", "out/trace")
     file = Path("out/trace_view.html").absolute()
-    assert (done.code, done.out) == (0, f"Wrote {file}: 10 tokens of 1 requests\n"), done.err
+    assert (done.code, done.out) == (0, f"Wrote {file}: 10 tokens of 1 request(s)\n"), done.err
     assert json.loads(re.search(r'"texts":(\[.*?\])', file.read_text(encoding="utf-8"))[1])[:7] == [*"a <b>", "", "é"]
     again = cli("trace", "view", "out/trace")
     assert f"{file} exists; choose another name, or --force" in again.error
@@ -191,7 +191,7 @@ def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
 
 def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
     done = cli("trace", "view", "t", "--request", 3, "--request", 7, "-o", "new/a.html")
-    assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 requests\n"), done.err
+    assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 request(s)\n"), done.err
     assert "Tokens are shown by their ids: tiny has no tokenizer that can be read" in done.err
     page = Path("new/a.html").read_text(encoding="utf-8")
     assert '"texts":null' in page
