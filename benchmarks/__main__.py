@@ -1,0 +1,340 @@
+"""The suite: every benchmark in a process of its own, each with a time limit, and one short table of what they found.
+
+python -m benchmarks                     # on the CPU, under five minutes on two idle cores
+python -m benchmarks gpu                 # on one GPU that holds Qwen3-30B-A3B in bf16, with vLLM
+python -m benchmarks --only kernels,peers --quick --json rows.json
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from moescope.benchmarks.rows import Host, OtherLoad, Row, describe, make_row, markdown, read_json, write_json
+
+ROOT: Final = Path(__file__).parents[1]
+PARTS: Final = ("cpu", "gpu")
+#: Exit codes; `argparse` gives 2 for a wrong command line.
+DONE, FAILED = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A benchmark of the suite.
+
+    Attributes:
+        part: "cpu" or "gpu".
+        name: As the command line takes it.
+        question: What it answers.
+        script: Module in `benchmarks`.
+        arguments: Its arguments.
+        quick: Its arguments for a rough look.
+        seconds: How long it may take.
+        shown: Metrics that the suite's table shows; empty: all.
+        prints_rows: It prints its rows as lines of JSON rather than writing the file that `--json` names.
+    """
+
+    part: str
+    name: str
+    question: str
+    script: str
+    arguments: tuple[str, ...]
+    quick: tuple[str, ...]
+    seconds: int
+    shown: tuple[str, ...] = ()
+    prints_rows: bool = False
+
+
+def _served(provider: str) -> Case:
+    """One provider of vLLM's throughput in a process of its own."""
+    process = ("process", "--provider", provider)
+    question = {
+        "off": "How fast is vLLM without recording?",
+        "moescope": "How fast is it with counts, in a process of its own?",
+        "capture": "How fast is it with its own capture of routed experts?",
+    }[provider]
+    few, fewest = (*process, "--blocks", "3"), (*process, "--blocks", "1")
+    return Case("gpu", f"vllm-{provider}", question, "vllm_overhead", few, fewest, 600, prints_rows=True)
+
+
+CASES: Final = (
+    Case(
+        "cpu",
+        "recording",
+        "What do counts, pairs, distributions and a trace add to a forward?",
+        "recording_cost",
+        ("--layers", "1", "--cases", "one,decode", "--repetitions", "5"),
+        ("--quick", "--repetitions", "2"),
+        300,
+        ("CPU time", "CPU in recorder"),
+    ),
+    Case(
+        "cpu",
+        "memory",
+        "Does memory grow with the length of a run?",
+        "memory",
+        ("--quick",),
+        ("--quick", "--long", "20000"),
+        300,
+        ("peak",),
+    ),
+    Case(
+        "cpu",
+        "kernels",
+        "How far is counting from merely passing over the same memory?",
+        "kernels",
+        ("--repetitions", "10"),
+        ("--quick",),
+        120,
+        ("time of floor",),
+    ),
+    Case(
+        "cpu",
+        "traces",
+        "How fast are traces written and read beside the plain files, and what do they add to a run?",
+        "traces",
+        ("--quick",),
+        ("--quick", "--repetitions", "1"),
+        300,
+    ),
+    Case(
+        "cpu",
+        "analysis",
+        "What do statistics and the report take beside reading the profile?",
+        "analysis",
+        ("--repetitions", "3"),
+        ("--quick",),
+        300,
+    ),
+    Case(
+        "cpu",
+        "weights",
+        "What does a pass over weights cost beside merely reading them?",
+        "weights",
+        ("--quick",),
+        ("--quick", "--repetitions", "1"),
+        300,
+        ("ratio", "peak memory"),
+    ),
+    Case(
+        "cpu",
+        "peers",
+        "What do other tools count on the same model and tokens, and how fast?",
+        "peers",
+        ("--repetitions", "5"),
+        ("--quick",),
+        300,
+    ),
+    Case(
+        "gpu",
+        "vllm",
+        "What does recording cost in paired blocks of one engine?",
+        "vllm_overhead",
+        ("paired", "--pairs", "8", "--latency-pairs", "8", "--skewed-pairs", "0", "--seconds", "300"),
+        ("paired", "--pairs", "2", "--latency-pairs", "2", "--skewed-pairs", "0", "--no-profiler"),
+        1200,
+        prints_rows=True,
+    ),
+    _served("off"),
+    _served("moescope"),
+    _served("capture"),
+    Case(
+        "gpu",
+        "kernels-gpu",
+        "How far is the commit's kernel from merely passing over the same memory?",
+        "kernels",
+        ("--device", "cuda", "--repetitions", "50"),
+        ("--device", "cuda", "--quick"),
+        180,
+    ),
+    Case(
+        "gpu",
+        "weights-gpu",
+        "What does a pass over weights take with its products on the GPU?",
+        "weights",
+        ("--device", "cuda", "--repetitions", "3"),
+        ("--device", "cuda", "--quick"),
+        600,
+        ("ratio", "peak memory"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a case.
+
+    Attributes:
+        rows: What it measured.
+        remarks: What it says beneath its own table: goals, mostly.
+        failure: Why it has no rows, or what it left unfinished; empty if all went well.
+    """
+
+    rows: tuple[Row, ...]
+    remarks: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def run_case(case: Case, quick: bool) -> Outcome:
+    """Run a case in a process of its own; whatever happens in there, this returns."""
+    with tempfile.TemporaryDirectory(prefix="moescope-benchmark-") as name, OtherLoad() as load:
+        rows_file = Path(name) / "rows.json"
+        command = [sys.executable, "-m", f"benchmarks.{case.script}", *(case.quick if quick else case.arguments)]
+        if not case.prints_rows:
+            command += ["--json", str(rows_file)]
+        environment = os.environ | {"TMPDIR": name}  # what a killed process leaves behind goes with the folder
+        with open(Path(name) / "output", "w+", encoding="utf-8", errors="replace") as output:
+            code = _run(command, output.fileno(), case.seconds, environment)
+            output.seek(0)
+            lines = output.read().splitlines()
+        found = read_json(rows_file) if rows_file.exists() else []
+    if case.prints_rows:
+        found = list(printed_rows(lines, load.cores))
+    failure = ""
+    if code is None:
+        failure = f"stopped after {case.seconds} s"
+    elif not found or code not in (0, 1):  # 1 with rows: a goal was missed, as its remarks say
+        failure = f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')[:300]}"
+    return Outcome(tuple(found), tuple(_remarks(lines)), failure)
+
+
+def _run(command: Sequence[str], output: int, seconds: int, environment: dict[str, str]) -> int | None:
+    """Exit code of a command, or None where it had to be stopped, with all processes that it started."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _remarks(lines: Sequence[str]) -> Iterator[str]:
+    """Lines beneath the last table of a script's output."""
+    tables = [place for place, line in enumerate(lines) if line.startswith("|")]
+    for line in lines[tables[-1] + 1 :] if tables else ():
+        if line.strip() and not line.startswith("Wrote"):
+            yield line
+
+
+def printed_rows(lines: Sequence[str], other_load: float) -> Iterator[Row]:
+    """Rows among the lines that `vllm_overhead` prints: speeds, and losses in percent."""
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(found, dict) or "metric" not in found:
+            continue
+        host = _printed_host(found)
+        if "tokens_s" in found:
+            provider = "moescope: counts" if found["provider"] == "moescope" else found["provider"]
+            yield make_row(found["shape"], provider, "throughput", "tokens/s", found["tokens_s"], other_load, host)
+        if "loss_percent" in found:
+            loss = found["loss_percent"]
+            yield Row(
+                case=found["shape"],
+                provider=found.get("recorded", "moescope"),
+                metric=f"{found['metric']}, loss",
+                unit="%",
+                p20=loss["p20"],
+                p50=loss["p50"],
+                p80=loss["p80"],
+                low=None,
+                high=None,
+                mean=loss["mean"],
+                bound=loss["bound95"],
+                n=loss["pairs"],
+                other_load=other_load,
+                host=host,
+            )
+
+
+def _printed_host(found: dict[str, Any]) -> Host:
+    """Where a printed row was measured; this process must not open the GPU to find out more."""
+    from importlib.metadata import version
+
+    return Host(
+        device=found["device"],
+        threads=len(os.sched_getaffinity(0)),
+        python=sys.version.split()[0],
+        torch=found["torch"],
+        transformers=version("transformers"),
+        moescope=found["moescope"],
+        date=datetime.now(UTC).date().isoformat(),
+        vllm=found["vllm"],
+    )
+
+
+def chosen_cases(part: str, only: str | None, parser: argparse.ArgumentParser) -> list[Case]:
+    """The cases that the command line names; a wrong name ends the program."""
+    if only is None:
+        return [case for case in CASES if case.part == part]
+    names = [name.strip() for name in only.split(",")]
+    known = {case.name: case for case in CASES}
+    for name in names:
+        if name not in known:
+            parser.error(f"--only: no case {name!r}; choose from {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite; 0 if every case ran to its end."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", default="cpu", choices=PARTS, help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="say which cases there are, and run none")
+    parser.add_argument("--only", metavar="NAMES", help="run these cases, separated by commas, of either part")
+    parser.add_argument("--quick", action="store_true", help="a rough look at each")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there, also those not shown")
+    options = parser.parse_args(arguments)
+    cases = chosen_cases(options.part, options.only, parser)
+    if options.list:
+        for case in CASES:
+            print(f"{case.part}  {case.name:<14} {case.question}")
+        return DONE
+    rows: list[Row] = []
+    shown: list[Row] = []
+    remarks: list[str] = []
+    failures: list[str] = []
+    for case in cases:
+        print(f"{case.name}: {case.question}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        outcome = run_case(case, options.quick)
+        print(f"  {outcome.failure or 'done'}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        named = [replace(row, case=f"{case.name}: {row.case}") for row in outcome.rows]
+        rows += named
+        shown += [row for row in named if not case.shown or row.metric in case.shown]
+        remarks += [f"{case.name}: {remark}" for remark in outcome.remarks]
+        failures += [f"{case.name} FAILED: {outcome.failure}"] * bool(outcome.failure)
+    if shown:
+        print(f"{describe(rows)}\n\n{markdown(shown, short=True)}\n")
+    print("\n".join([*remarks, *failures]))
+    if options.json is not None:
+        write_json(rows, options.json)
+        print(f"Wrote {options.json}")
+    return FAILED if failures else DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
