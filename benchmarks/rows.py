@@ -54,7 +54,7 @@ class Row:
         provider: What ran it: "off", or what was recorded.
         metric: What was measured.
         unit: Its unit.
-        p20: 20th percentile over the repetitions.
+        p20: 20th percentile over the repetitions; None, as all that follow, where there is nothing to measure.
         p50: Median.
         p80: 80th percentile.
         low: Least; None where it was not kept.
@@ -70,12 +70,12 @@ class Row:
     provider: str
     metric: str
     unit: str
-    p20: float
-    p50: float
-    p80: float
+    p20: float | None
+    p50: float | None
+    p80: float | None
     low: float | None
     high: float | None
-    mean: float
+    mean: float | None
     bound: float | None
     n: int
     other_load: float
@@ -166,6 +166,11 @@ def make_row(
         other_load=other_load,
         host=host,
     )
+
+
+def absent_row(case: str, provider: str, metric: str, why: str, host: Host) -> Row:
+    """A row without numbers, which says in place of the unit why there are none."""
+    return Row(case, provider, metric, why, None, None, None, None, None, None, None, 0, 0.0, host)
 
 
 def describe(rows: Sequence[Row]) -> str:
