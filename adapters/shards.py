@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -126,10 +127,11 @@ class StoredTensor:
 
 
 class OpenFiles:
-    """Files that stay open for many small reads, until the `with` block ends."""
+    """Files that stay open for many small reads, by any thread, until the `with` block ends."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -158,9 +160,10 @@ class OpenFiles:
         """
         position = tensor.offset + first * (BITS[tensor.dtype] // 8)
         try:
-            descriptor = self._descriptors.get(tensor.file)
-            if descriptor is None:
-                descriptor = self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+            with self._opening:
+                descriptor = self._descriptors.get(tensor.file)
+                if descriptor is None:
+                    descriptor = self._descriptors[tensor.file] = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
             while out:
                 done = os.preadv(descriptor, [out], position)
                 if not done:

@@ -10,12 +10,14 @@ timing, `paired` asserts that every layer counted 256 · 639 · k choices. Rows 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from scipy.stats import t as student
 
 PROMPTS, LENGTH, NEW = 256, 512, 128
+DOMAINS = 12
 
 
 def _prompts(count: int, length: int, vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
@@ -30,14 +33,14 @@ def _prompts(count: int, length: int, vocabulary: int, seed: int) -> list[dict[s
     return [{"prompt_token_ids": rng.integers(32, vocabulary, length).tolist()} for _ in range(count)]
 
 
-def _params(new: int, count: int, tagged: bool) -> list[Any]:
+def _params(new: int, count: int, tagged: bool, traced: bool) -> list[Any]:
     from vllm import SamplingParams
 
-    from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY
+    from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRACE_KEY
 
     made = []
     for i in range(count):
-        tags = {DOMAIN_KEY: i % 12, SPLIT_KEY: i % 16} if tagged else None
+        tags = {DOMAIN_KEY: i % DOMAINS, SPLIT_KEY: i % 16, **({TRACE_KEY: i} if traced else {})} if tagged else None
         made.append(SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, extra_args=tags))
     return made
 
@@ -49,6 +52,7 @@ class Load:
         self._llm = llm
         self._vocabulary = vocabulary
         self._tagged = tagged
+        self.traced = False
         self._length = length
         self._seed = 0
         self._steps: list[float] = []
@@ -81,7 +85,7 @@ class Load:
     def _generate(self, count: int, length: int, new: int) -> float:
         self._seed += 1
         prompts = _prompts(count, length, self._vocabulary, self._seed)
-        params = _params(new, count, self._tagged)
+        params = _params(new, count, self._tagged, self.traced)
         start = time.perf_counter()
         self._llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
@@ -199,6 +203,8 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
             off_ms=round(float(np.median(step["off"])), 4),
             loss_percent=_loss(step, larger_is_better=False),
         )
+        if options.trace_rounds:
+            _traced_rounds(engine, load, switch, options.trace_rounds, row)
         if options.skewed_pairs:
             engine.llm.collective_rpc(_skew)
             load.throughput()
@@ -206,6 +212,7 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
             switch(True)
             done = engine.run(requests, Generation(NEW), 1)
             counts = done.sums.parts[0].arrays()["selection_counts"].sum(axis=(0, 1))
+            assert (counts.sum(axis=1) == expected).all()
             row(
                 "throughput, skewed router",
                 off_tokens_s=round(float(np.median(pair["off"]))),
@@ -215,6 +222,150 @@ def paired(options: argparse.Namespace) -> list[dict[str, Any]]:
     finally:
         engine.close()
     return rows
+
+
+def _traced_rounds(
+    engine: Any, load: Load, switch: Callable[[bool], None], rounds: int, row: Callable[..., None]
+) -> None:
+    """Blocks without recording, with a trace of the ids, and with one of ids and weights, in random order."""
+    names = ("off", "ids", "ids and weights")
+    rng = np.random.default_rng(8)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    behind, memory, sizes = [], dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    pids = [os.getpid(), *engine.llm.collective_rpc(_pid)]
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(rounds):
+            for place in rng.permutation(len(names)):
+                name = names[place]
+                with _tracing(
+                    engine, load, switch, None if name == "off" else Path(folder, f"{turn}-{place}"), name
+                ) as at:
+                    with _Memory(pids) as peak:
+                        found[name].append(load.block())
+                    memory[name] = max(memory[name], peak.most)
+                if at:
+                    behind.append(at["behind_s"])
+                    sizes[name] = at["bytes"]
+            print(json.dumps({"round": turn, **{name: values[-1] for name, values in found.items()}}), flush=True)
+        off = np.array(found["off"])
+        for name in names[1:]:
+            on = np.array(found[name])
+            row(
+                f"throughput, trace of {name}",
+                off_tokens_s=round(float(np.median(off[:, 0]))),
+                loss_percent=_loss({"on": on[:, 0], "off": off[:, 0]}, larger_is_better=True),
+                step_loss_percent=_loss({"on": on[:, 1], "off": off[:, 1]}, larger_is_better=False),
+                bytes_a_block=sizes[name],
+                on_disk_after_s=round(max(behind), 3),
+                host_memory_added_MB=round(memory[name] - memory["off"], 1),
+            )
+        for place, name in enumerate(names):
+            target = None if name == "off" else Path(folder, f"sync-{place}")
+            with _tracing(engine, load, switch, target, name):
+                load._generate(PROMPTS, 64, 64)
+                engine.llm.collective_rpc(_start_trace, args=(True,))
+                load._generate(PROMPTS, 64, 64)
+                kernels = engine.llm.collective_rpc(_stop_trace, args=(True,))[0]
+            row(f"profiler, trace: {name}", **kernels)
+        for name in names[1:]:  # an operation of torch that waits for the GPU inside the recorder fails the run
+            engine.llm.collective_rpc(_refuse_synchronisation, args=(True,))
+            with _tracing(engine, load, switch, Path(folder, f"refused-{name}"), name):
+                load._generate(PROMPTS, 64, 64)
+            engine.llm.collective_rpc(_refuse_synchronisation, args=(False,))
+            row(f"no operation of torch waited, trace of {name}", blocks=1)
+
+
+@contextlib.contextmanager
+def _tracing(
+    engine: Any, load: Load, switch: Callable[[bool], None], folder: Path | None, name: str
+) -> Iterator[dict[str, Any]]:
+    """Record what runs inside into a trace, or nothing; what is not exact in the end fails."""
+    from moescope.profiler.profile import RunInfo
+    from moescope.profiler.trace import TraceAbout
+    from moescope.profiler.trace_writer import TraceOptions, TraceWriter
+
+    at: dict[str, Any] = {}
+    switch(folder is not None)
+    if folder is None:
+        yield at
+        return
+    weights = name != "ids"
+    settings = {"seed": 0}
+    run = RunInfo("run", "2026-01-01T00:00:00", engine.info, 0, PROMPTS, "00", settings, complete=False)
+    about = TraceAbout(engine.model, tuple(f"{i:02}" for i in range(DOMAINS)), run, "0", weights)
+    with TraceWriter(about, TraceOptions(folder, weights=weights, force=True)) as writer:
+        engine.trace(writer)
+        load.traced = True
+        try:
+            engine._receiver.expect(range(DOMAINS))
+            writer.admit(range(PROMPTS), [LENGTH + NEW - 1] * PROMPTS)
+            yield at
+            start = time.perf_counter()
+            engine._wait_until_settled()
+            sent = sum(engine._call("traced"))
+            engine._receiver.wait_for(sent)
+            counted = engine._collect("trace: ").tokens.sum()
+            assert sent == counted, (sent, counted)
+        finally:
+            load.traced = False
+            engine.trace(None)
+        writer.commit(0)
+        writer.finish()
+        at["behind_s"] = time.perf_counter() - start
+    at["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+    for file in folder.iterdir():
+        file.unlink()
+
+
+class _Memory:
+    """Most resident memory (MB, 10⁶ bytes) of some processes together while this runs."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        self._pids = sorted(set(pids))
+        self.most = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        while not self._end.wait(0.05):
+            pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._pids]
+            self.most = max(self.most, sum(pages) * page / 1e6)
+
+
+def _pid(worker: Any) -> int:
+    return os.getpid()
+
+
+def _refuse_synchronisation(worker: Any, refuse: bool) -> None:
+    """From now on, an operation of torch that waits for the GPU inside the recorder's hooks is an error."""
+    import torch
+
+    recorder = worker.moescope_recorder
+    if not torch.cuda.is_available():
+        return
+    for name in ("_before", "_after"):
+        if not refuse:
+            vars(recorder).pop(name, None)
+            continue
+        method = getattr(recorder, name)
+
+        def strict(output: Any, method: Callable[[Any], None] = method) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                method(output)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        setattr(recorder, name, strict)
 
 
 def _recorded(options: argparse.Namespace) -> str:
@@ -305,25 +456,49 @@ def _trace(llm: Any, run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
     return {name: (count, busy) for name, count, busy in llm.collective_rpc(_stop_trace)[0]}
 
 
-def _start_trace(worker: Any) -> None:
+def _start_trace(worker: Any, calls: bool = False) -> None:
     import torch
 
     if not torch.cuda.is_available():
         return
     torch.cuda.synchronize()
-    worker.moescope_trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    kinds = torch.profiler.ProfilerActivity
+    worker.moescope_trace = torch.profiler.profile(activities=[kinds.CUDA, *([kinds.CPU] if calls else [])])
     worker.moescope_trace.start()
 
 
-def _stop_trace(worker: Any) -> list[tuple[str, int, float]]:
+def _stop_trace(worker: Any, calls: bool = False) -> Any:
+    """GPU time by kernel; with `calls`: kernels, GPU time, and by thread the calls that wait for the GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        return []
+        return {} if calls else []
     torch.cuda.synchronize()
     worker.moescope_trace.stop()
     events = worker.moescope_trace.key_averages()
-    return [(e.key, int(e.count), float(e.self_device_time_total)) for e in events if e.self_device_time_total > 0]
+    kernels = [(e.key, int(e.count), float(e.self_device_time_total)) for e in events if e.self_device_time_total > 0]
+    if not calls:
+        return kernels
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        worker.moescope_trace.export_chrome_trace(str(path))
+        found = json.loads(path.read_text())["traceEvents"]
+    waits: dict[str, int] = {}
+    launches: dict[str, int] = {}
+    for event in found:
+        name = event.get("name", "")
+        if event.get("cat") == "cuda_runtime" and "Synchronize" in name:
+            key = f"{name}, thread {event['tid']}"
+            waits[key] = waits.get(key, 0) + 1
+        if name == "cudaGraphLaunch":
+            launches[str(event["tid"])] = launches.get(str(event["tid"]), 0) + 1
+    return {
+        "kernels": sum(count for _, count, _ in kernels),
+        "gpu_ms": round(sum(busy for _, _, busy in kernels) / 1000, 2),
+        "graph_launches_by_thread": launches,
+        "waits": waits,
+        "transfers": {key: (count, round(busy)) for key, count, busy in kernels if "Memcpy" in key},
+    }
 
 
 def _skew(worker: Any) -> None:
@@ -361,6 +536,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--latency-pairs", type=int, default=20)
     parser.add_argument("--skewed-pairs", type=int, default=5)
+    parser.add_argument("--trace-rounds", type=int, default=0, help="blocks off, with a trace of ids, and with weights")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop the throughput pairs after so long")
     parser.add_argument("--no-profiler", action="store_true")
     parser.add_argument("--blocks", type=int, default=5)

@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -31,6 +31,8 @@ MEMORY: Final = 1 << 30
 #: Least time between two times that the sums are kept, seconds; and how much longer than keeping them takes.
 KEEP_SECONDS: Final = 30.0
 KEEP_RATIO: Final = 10.0
+#: Threads that read for a GPU, which waits for one; on a CPU the cores are wanted for the arithmetic.
+READERS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,17 @@ def match_sides(
     return sides, [(sides.index(first), sides.index(second)) for first, second in ends]
 
 
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products in full float32, though the caller may have allowed TF32 or bfloat16 inside them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Pass:
     """A pass and its state; used once."""
 
@@ -170,7 +183,7 @@ class _Pass:
         if settings.sketch and not sketched:  # so small that a sample is all of it
             self._blocks = plan(self._forms, depth * experts, room)
         self._faults = Faults(len(sources), depth, experts, device)
-        lanes = 1 if device.type == "cuda" else n_jobs
+        lanes, self._readers = (1, min(n_jobs, READERS)) if device.type == "cuda" else (n_jobs, 1)
         self._features: FeatureSums | None = None
         self._sums: list[Sums] = (
             [SameIndexSums(first.layers, experts, settings.deltas, self._faults, lanes)]
@@ -192,11 +205,12 @@ class _Pass:
         sizes = [self._bytes(block) for block in self._blocks]
         before = read = sum(sizes[:done])
         with ExitStack() as stack:
+            stack.enter_context(_whole_float32())
             interrupts = stack.enter_context(interruptible())
             pool = stack.enter_context(ThreadPoolExecutor(self._n_jobs, "pass", torch.set_num_threads, (1,)))
             try:
                 for block, slabs in stack.enter_context(
-                    ReadAhead(self._sources, self._forms, self._blocks[done:], self._device)
+                    ReadAhead(self._sources, self._forms, self._blocks[done:], self._device, self._readers)
                 ):
                     with interrupts.held():
                         self._work(pool, block, slabs)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
@@ -322,6 +323,7 @@ class ReadAhead:
         forms: How the parts of each checkpoint are to be held.
         blocks: What to read.
         device: Where the slabs are to be.
+        readers: Threads that read.
     """
 
     def __init__(
@@ -330,13 +332,17 @@ class ReadAhead:
         forms: Sequence[Sequence[PartForm]],
         blocks: Sequence[Block],
         device: torch.device,
+        readers: int = 1,
     ) -> None:
         self._sources, self._forms, self._blocks, self._device = sources, forms, blocks, device
-        self._thread = ThreadPoolExecutor(1, "reader")
+        self._thread, self._readers = ThreadPoolExecutor(1, "blocks"), ThreadPoolExecutor(readers, "reader")
         self._memory = [self._allocate(torch.device("cpu")) for _ in range(2)]
         cuda = device.type == "cuda"
         self._there = [self._allocate(device) for _ in range(2)] if cuda else self._memory
-        self._stream: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._stream: Any = None
+        if cuda:  # memory of the device may come from tensors that earlier kernels still use
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def __enter__(self) -> Self:
         return self
@@ -345,6 +351,7 @@ class ReadAhead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[tuple[Block, list[dict[Part, Slab]]]]:
         coming = self._thread.submit(self._read, 0) if self._blocks else None
@@ -377,10 +384,12 @@ class ReadAhead:
         for (row, part), space in sizes.items():
             source, form = self._sources[row], next(form for form in self._forms[row] if form.part == part)
             piece = slice(position, position + _size(source, form, block))
-            _read(source, form, block, memory[piece])
-            if self._stream is not None:
-                with torch.cuda.stream(self._stream):
-                    there[piece].copy_(memory[piece], non_blocking=True)
+            by_layer, there_by_layer = (whole[piece].view(len(source.layers), -1) for whole in (memory, there))
+            reading = self._readers.map(_read, *map(repeat, (source, form, block)), source.layers, by_layer)
+            for layer, _ in enumerate(reading):
+                if self._stream is not None:
+                    with torch.cuda.stream(self._stream):
+                        there_by_layer[layer].copy_(by_layer[layer], non_blocking=True)
             shape = (len(source.layers), source.experts, block.stop - block.start, form.columns)
             slabs[row][part] = Slab(form, there[piece].view(form.dtype).view(shape), block.start)
             position += space
@@ -395,17 +404,14 @@ def _size(source: WeightSource, form: PartForm, block: Block) -> int:
     return rows * form.columns * form.dtype.itemsize
 
 
-def _read(source: WeightSource, form: PartForm, block: Block, memory: Tensor) -> None:
-    """Fill `memory` (uint8) with the rows of a block of one part, layer by layer and expert by expert."""
+def _read(source: WeightSource, form: PartForm, block: Block, layer: int, memory: Tensor) -> None:
+    """Fill `memory` (uint8) with the rows of a block of one part of a layer, expert by expert."""
     size = (block.stop - block.start) * form.columns * form.dtype.itemsize
     whole = memory.numpy().data
-    position = 0
-    for layer in source.layers:
-        for expert in range(source.experts):
-            if form.converted:
-                rows = source.rows(layer, expert, form.part, block.start, block.stop)
-                memory[position : position + size].copy_(rows.view(torch.uint8).flatten())
-            else:
-                out = whole[position : position + size]
-                source.read_into(layer, expert, form.part, block.start, block.stop, out)
-            position += size
+    for expert in range(source.experts):
+        place = slice(expert * size, (expert + 1) * size)
+        if form.converted:
+            rows = source.rows(layer, expert, form.part, block.start, block.stop)
+            memory[place].copy_(rows.view(torch.uint8).flatten())
+        else:
+            source.read_into(layer, expert, form.part, block.start, block.stop, whole[place])

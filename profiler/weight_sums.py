@@ -97,19 +97,20 @@ class SameIndexSums:
         """One task a part and lane."""
         (parts,) = slabs
         self._next = 0
+        known = self._faults.non_finite[0].clone()  # what lanes find in this block must not depend on which is first
         for number, slab in enumerate(parts.values()):
             cells = slab.data.shape[0] * slab.data.shape[1]
             pieces = slab.pieces(_CHUNK[slab.data.device.type] // cells)
             for lane in range(self._lanes):
                 turn = number * self._lanes + lane
-                yield lambda s=slab, p=pieces[lane :: self._lanes], t=turn: self._add(s, p, t)  # type: ignore[misc]
+                yield lambda s=slab, p=pieces[lane :: self._lanes], t=turn: self._add(s, p, t, known)  # type: ignore[misc]
 
-    def _add(self, slab: Slab, pieces: Sequence[tuple[int, int, slice]], turn: int) -> None:
-        """Sum over some pieces of a slab."""
+    def _add(self, slab: Slab, pieces: Sequence[tuple[int, int, slice]], turn: int, known: Tensor) -> None:
+        """Sum over some pieces of a slab; experts `known` (3, L, E) not to be finite count as zero."""
         place = PARTS.index(slab.form.part)
         depth, experts = slab.data.shape[:2]
         device = slab.data.device
-        zero, bad = self._faults.zero[0, place], self._faults.non_finite[0, place]
+        zero, bad = self._faults.zero[0, place], known[place]
         found = torch.zeros_like(bad)
         raw, centred = (_Products(depth, experts, self._runs, device) for _ in range(2))
         most = max(((last - first) * (columns.stop - columns.start) for first, last, columns in pieces), default=0)
@@ -134,7 +135,7 @@ class SameIndexSums:
             self._turn.wait_for(lambda: self._next == turn)
             for total, own in ((self.raw, raw), (self.centred, centred)):
                 own.add_to(total[place], overflown)
-            bad |= found
+            self._faults.non_finite[0, place] |= found
             self._next += 1
             self._turn.notify_all()
 

@@ -158,14 +158,19 @@ def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
             return found
 
         engine.llm.generate = keep
+        generation = Generation(NEW, case.get("temperature", 1.0), 7)
         for batch in range(2):
             if case.get("sleep") and batch:
                 engine.llm.sleep(level=1)
                 engine.llm.wake_up()
             outputs.clear()
-            done = engine.run(requests, Generation(NEW, case.get("temperature", 1.0), 7), batch)
-            sums = done.sums.parts[0]
+            if batch and engine._writers == 1:  # the first batch is counted alone, the second traced as well
+                row |= _trace(engine, requests, outputs, generation, batch, capture, Path(folder, "trace"))
+                continue
+            sums = engine.run(requests, generation, batch).sums.parts[0]
             row |= _compare(engine, requests, outputs, sums, capture, case)
+        if engine.probabilities and engine._writers == 1:
+            row |= _distributions(engine, requests[1].token_ids)
         row["verified"] = engine.findings().get("verified", {}).get("token_layers", 0)
         row["skipped"] = engine.findings().get("skipped_by_prefix_cache", 0)
         row["routers"] = engine.info.options["routers"]
@@ -201,8 +206,66 @@ def _requests(case: dict[str, Any]) -> list[Any]:
         ids = rng.integers(16, 256, int(rng.integers(1, LONGEST))).astype(np.int32)
         if case.get("shared") and i % 2:
             ids = np.concatenate([shared, ids]).astype(np.int32)
-        requests.append(Request(ids, i % DOMAINS, split_of(ids, 0)))
+        requests.append(Request(ids, i % DOMAINS, split_of(ids, 0), i))
     return requests
+
+
+def _trace(
+    engine: Any, requests: list[Any], outputs: list[Any], generation: Any, batch: int, capture: bool, folder: Path
+) -> dict[str, Any]:
+    """A traced batch: every routed token once, in order, with the experts of vLLM's own capture; counts of the run."""
+    from moescope.profiler.profile import RunInfo
+    from moescope.profiler.trace import Trace, TraceAbout, TraceRows
+    from moescope.profiler.trace_writer import TraceOptions, TraceWriter
+
+    settings = {"seed": 0}
+    run = RunInfo("run", "2026-01-01T00:00:00", engine.info, 0, len(requests), "00", settings, complete=False)
+    about = TraceAbout(engine.model, tuple(f"{i:02}" for i in range(DOMAINS)), run, "0", weights=True)
+    with TraceWriter(about, TraceOptions(folder, weights=True)) as writer:
+        engine.trace(writer)
+        try:
+            sums = engine.run(requests, generation, batch).sums.parts[0]
+        finally:
+            engine.trace(None)
+        writer.commit(0)
+        writer.finish()
+    row = _compare(engine, requests, outputs, sums, capture, {})
+    trace = Trace(folder)
+    trace.verify()
+    rows = TraceRows.concatenate(list(trace.rows()))
+    compared = 0
+    for request, output in zip(requests, outputs, strict=True):
+        own = rows.take(rows.request == request.number)
+        cached = output.num_cached_tokens or 0
+        routed = request.token_ids.tolist() + list(output.outputs[0].token_ids[:-1])
+        assert np.array_equal(own.position, np.arange(cached, len(routed))), "positions of a traced request"
+        assert np.array_equal(own.token, routed[cached:]), "token ids of a traced request"
+        assert np.array_equal(own.phase, own.position >= len(request.token_ids))
+        assert (own.domain == request.domain).all()
+        assert (own.split == request.split).all()
+        if capture:
+            theirs = np.asarray(output.outputs[0].routed_experts)[cached : len(routed)][:, engine.model.layer_indices]
+            assert np.array_equal(np.sort(own.experts, -1), np.sort(theirs, -1)), "experts of a traced request"
+            compared += own.experts.size
+    arrays = sums.arrays()
+    found = np.zeros_like(arrays["selection_counts"][:DOMAINS])
+    weight = np.zeros(found.shape)
+    for slot in range(found.shape[2]):
+        at = rows.domain[:, None], rows.phase[:, None], slot, rows.experts[:, slot]
+        np.add.at(found, at, 1)
+        np.add.at(weight, at, rows.weights[:, slot].astype(np.float64))
+    assert np.array_equal(found, arrays["selection_counts"][:DOMAINS]), "counts of a trace"
+    assert np.allclose(weight, arrays["weight_sums"][:DOMAINS] / 2**24, rtol=2e-3, atol=1e-2), "weights of a trace"
+    return row | {"traced": len(rows), "traced_choices_as_captured": compared}
+
+
+def _distributions(engine: Any, token_ids: Any) -> dict[str, Any]:
+    """The distributions of single tokens sum to 1; a softmax's largest are what its router chooses."""
+    seen = engine.distributions(token_ids)
+    assert seen is not None
+    assert seen.shape[0] == len(engine.model.layers)
+    assert np.allclose(seen.sum(axis=-1), 1, atol=1e-4), "distributions of single tokens"
+    return {"distributions": seen.shape[1]}
 
 
 def _compare(

@@ -268,6 +268,30 @@ def test_an_unusable_expert_spoils_nothing_else(kind: str, value: float, tmp_pat
             assert match.measured == (4 if 2 in (pair.first, pair.second) else 5)
 
 
+def test_the_same_threads_give_the_same_bits_where_experts_are_not_finite(tmp_path: Path) -> None:
+    config = {**CONFIG, "num_experts": 40, "moe_intermediate_size": 100}
+    tensors, _ = per_expert(config, layers=LAYERS)
+    tensors["model.layers.2.mlp.experts.3.gate_proj.weight"][0, 7] = torch.nan
+    with WeightReader(open_checkpoint(write(tmp_path, config, tensors))) as source:
+        first, *others = (run_pass([source], PassSettings(), n_jobs=3).state for _ in range(8))
+    for state in others:
+        for name, sums in first.items():
+            assert torch.equal(state[name], sums), name
+
+
+def test_products_are_whole_float32_whatever_the_caller_allows(tmp_path: Path) -> None:
+    folder, _ = checkpoint("per expert", tmp_path)
+    during = set()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with WeightReader(open_checkpoint(folder)) as source:
+            run_pass([source], PassSettings(), on_progress=lambda _: during.add(torch.get_float32_matmul_precision()))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert during == {"highest"}
+
+
 def test_an_expert_with_rows_of_zeros_is_part_of_its_layer(tmp_path: Path) -> None:
     tensors, reference = per_expert(CONFIG, layers=LAYERS)
     tensors["model.layers.1.mlp.experts.2.up_proj.weight"][:6] = 0
