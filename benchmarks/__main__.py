@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from moescope.benchmarks.rows import Host, OtherLoad, Row, describe, make_row, markdown, read_json, write_json
 
@@ -35,12 +35,13 @@ class Case:
         part: "cpu" or "gpu".
         name: As the command line takes it.
         question: What it answers.
-        script: Module in `benchmarks`.
+        script: Module to run.
         arguments: Its arguments.
         quick: Its arguments for a rough look.
         seconds: How long it may take.
         shown: Metrics that the suite's table shows; empty: all.
-        prints_rows: It prints its rows as lines of JSON rather than writing the file that `--json` names.
+        gives: How it gives its rows: in the "file" that its `--json` names, as "lines" of JSON that it prints, or none,
+            and what it prints is "text" for people.
     """
 
     part: str
@@ -51,7 +52,7 @@ class Case:
     quick: tuple[str, ...]
     seconds: int
     shown: tuple[str, ...] = ()
-    prints_rows: bool = False
+    gives: Literal["file", "lines", "text"] = "file"
 
 
 def _served(provider: str) -> Case:
@@ -63,7 +64,7 @@ def _served(provider: str) -> Case:
         "capture": "How fast is it with its own capture of routed experts?",
     }[provider]
     few, fewest = (*process, "--blocks", "3"), (*process, "--blocks", "1")
-    return Case("gpu", f"vllm-{provider}", question, "vllm_overhead", few, fewest, 600, prints_rows=True)
+    return Case("gpu", f"vllm-{provider}", question, "benchmarks.vllm_overhead", few, fewest, 600, gives="lines")
 
 
 CASES: Final = (
@@ -71,9 +72,9 @@ CASES: Final = (
         "cpu",
         "recording",
         "What do counts, pairs, distributions and a trace add to a forward?",
-        "recording_cost",
-        ("--layers", "1", "--cases", "one,decode", "--repetitions", "5"),
-        ("--quick", "--repetitions", "2"),
+        "benchmarks.recording_cost",
+        ("--quick",),
+        ("--quick", "--repetitions", "1"),
         300,
         ("CPU time", "CPU in recorder"),
     ),
@@ -81,7 +82,7 @@ CASES: Final = (
         "cpu",
         "memory",
         "Does memory grow with the length of a run?",
-        "memory",
+        "benchmarks.memory",
         ("--quick",),
         ("--quick", "--long", "20000"),
         300,
@@ -91,7 +92,7 @@ CASES: Final = (
         "cpu",
         "kernels",
         "How far is counting from merely passing over the same memory?",
-        "kernels",
+        "benchmarks.kernels",
         ("--repetitions", "10"),
         ("--quick",),
         120,
@@ -101,7 +102,7 @@ CASES: Final = (
         "cpu",
         "traces",
         "How fast are traces written and read beside the plain files, and what do they add to a run?",
-        "traces",
+        "benchmarks.traces",
         ("--quick",),
         ("--quick", "--repetitions", "1"),
         300,
@@ -110,7 +111,7 @@ CASES: Final = (
         "cpu",
         "analysis",
         "What do statistics and the report take beside reading the profile?",
-        "analysis",
+        "benchmarks.analysis",
         ("--repetitions", "3"),
         ("--quick",),
         300,
@@ -119,7 +120,7 @@ CASES: Final = (
         "cpu",
         "weights",
         "What does a pass over weights cost beside merely reading them?",
-        "weights",
+        "benchmarks.weights",
         ("--quick",),
         ("--quick", "--repetitions", "1"),
         300,
@@ -129,20 +130,32 @@ CASES: Final = (
         "cpu",
         "peers",
         "What do other tools count on the same model and tokens, and how fast?",
-        "peers",
-        ("--repetitions", "5"),
+        "benchmarks.peers",
+        ("--repetitions", "3"),
         ("--quick",),
         300,
+        ("selections too few or too many", "mean r at Δ = 4", "CPU time", "kept of the run", "layer correlation", "–"),
     ),
     Case(
         "gpu",
         "vllm",
         "What does recording cost in paired blocks of one engine?",
-        "vllm_overhead",
-        ("paired", "--pairs", "8", "--latency-pairs", "8", "--skewed-pairs", "0", "--seconds", "300"),
-        ("paired", "--pairs", "2", "--latency-pairs", "2", "--skewed-pairs", "0", "--no-profiler"),
-        1200,
-        prints_rows=True,
+        "benchmarks.vllm_overhead",
+        ("paired", "--pairs", "8", "--latency-pairs", "8", "--trace-rounds", "8", "--skewed-pairs", "0"),
+        (
+            "paired",
+            "--pairs",
+            "2",
+            "--latency-pairs",
+            "2",
+            "--trace-rounds",
+            "2",
+            "--skewed-pairs",
+            "0",
+            "--no-profiler",
+        ),
+        1800,
+        gives="lines",
     ),
     _served("off"),
     _served("moescope"),
@@ -151,7 +164,7 @@ CASES: Final = (
         "gpu",
         "kernels-gpu",
         "How far is the commit's kernel from merely passing over the same memory?",
-        "kernels",
+        "benchmarks.kernels",
         ("--device", "cuda", "--repetitions", "50"),
         ("--device", "cuda", "--quick"),
         180,
@@ -159,12 +172,12 @@ CASES: Final = (
     Case(
         "gpu",
         "weights-gpu",
-        "What does a pass over weights take with its products on the GPU?",
-        "weights",
-        ("--device", "cuda", "--repetitions", "3"),
-        ("--device", "cuda", "--quick"),
-        600,
-        ("ratio", "peak memory"),
+        "Does the pass over weights give the same on the GPU, and how fast is it beside reading?",
+        "tests.gpu.weights_cuda",
+        (),
+        ("--layers", "12"),
+        900,
+        gives="text",
     ),
 )
 
@@ -188,23 +201,25 @@ def run_case(case: Case, quick: bool) -> Outcome:
     """Run a case in a process of its own; whatever happens in there, this returns."""
     with tempfile.TemporaryDirectory(prefix="moescope-benchmark-") as name, OtherLoad() as load:
         rows_file = Path(name) / "rows.json"
-        command = [sys.executable, "-m", f"benchmarks.{case.script}", *(case.quick if quick else case.arguments)]
-        if not case.prints_rows:
+        command = [sys.executable, "-m", case.script, *(case.quick if quick else case.arguments)]
+        if case.gives == "file":
             command += ["--json", str(rows_file)]
-        environment = os.environ | {"TMPDIR": name}  # what a killed process leaves behind goes with the folder
+        # threads that spin while they wait slow each other down; what a killed process leaves goes with the folder
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"TMPDIR": name}
         with open(Path(name) / "output", "w+", encoding="utf-8", errors="replace") as output:
             code = _run(command, output.fileno(), case.seconds, environment)
             output.seek(0)
             lines = output.read().splitlines()
         found = read_json(rows_file) if rows_file.exists() else []
-    if case.prints_rows:
+    if case.gives == "lines":
         found = list(printed_rows(lines, load.cores))
     failure = ""
     if code is None:
         failure = f"stopped after {case.seconds} s"
-    elif not found or code not in (0, 1):  # 1 with rows: a goal was missed, as its remarks say
+    elif code not in ((0, 1) if found else (0,)) or not (found or case.gives == "text"):
+        # 1 with rows: a goal was missed, as its remarks say
         failure = f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')[:300]}"
-    return Outcome(tuple(found), tuple(_remarks(lines)), failure)
+    return Outcome(tuple(found), tuple(lines if case.gives == "text" else _remarks(lines)), failure)
 
 
 def _run(command: Sequence[str], output: int, seconds: int, environment: dict[str, str]) -> int | None:
@@ -249,12 +264,14 @@ def printed_rows(lines: Sequence[str], other_load: float) -> Iterator[Row]:
         if "tokens_s" in found:
             provider = "moescope: counts" if found["provider"] == "moescope" else found["provider"]
             yield make_row(found["shape"], provider, "throughput", "tokens/s", found["tokens_s"], other_load, host)
-        if "loss_percent" in found:
-            loss = found["loss_percent"]
+        for key, what in (("loss_percent", ""), ("step_loss_percent", ", median of the steps")):
+            if key not in found:
+                continue
+            loss = found[key]
             yield Row(
                 case=found["shape"],
-                provider=found.get("recorded", "moescope"),
-                metric=f"{found['metric']}, loss",
+                provider=found["recorded"],
+                metric=f"{found['metric']}{what}, loss",
                 unit="%",
                 p20=loss["p20"],
                 p50=loss["p50"],
@@ -329,7 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures += [f"{case.name} FAILED: {outcome.failure}"] * bool(outcome.failure)
     if shown:
         print(f"{describe(rows)}\n\n{markdown(shown, short=True)}\n")
-    print("\n".join([*remarks, *failures]))
+    for line in (*remarks, *failures):
+        print(line)
     if options.json is not None:
         write_json(rows, options.json)
         print(f"Wrote {options.json}")

@@ -1,4 +1,4 @@
-"""Other tools beside moescope, on the same model and tokens: first whether their numbers are right, then what they take.
+"""Other tools beside moescope, on the same model and tokens: first whether their numbers are right, then their speed.
 
 The models are real ones in transformers: the embedded demo (Qwen3-MoE, trained) with its own prompts, and an OLMoE with
 random weights. Every tool hooks the same forwards and gets the settings that suit it best. What it reports is held
