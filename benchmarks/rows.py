@@ -16,6 +16,8 @@ from typing import Final, Self
 import numpy as np
 from scipy.stats import t as student
 
+from moescope import __version__
+
 #: CPU time of other processes, in cores, above which timings do not count as taken on a quiet machine.
 QUIET: Final = 0.1
 
@@ -126,7 +128,7 @@ def this_host(device: str = "cpu") -> Host:
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=importlib.metadata.version("transformers"),
-        moescope=importlib.metadata.version("moescope"),
+        moescope=__version__,
         date=datetime.now(UTC).date().isoformat(),
     )
 
