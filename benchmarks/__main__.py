@@ -106,6 +106,15 @@ CASES: Final = (
         ("--quick",),
         ("--quick", "--repetitions", "1"),
         300,
+        (
+            "bytes a token",
+            "memory above that before",
+            "written and synchronised, wall time",
+            "read, materialised, checksums on, CPU time",
+            "the same bytes and checksum alone, CPU time",
+            "counted to a profile, CPU time",
+            "CPU time inside tracing",
+        ),
     ),
     Case(
         "cpu",
@@ -141,7 +150,7 @@ CASES: Final = (
         "vllm",
         "What does recording cost in paired blocks of one engine?",
         "benchmarks.vllm_overhead",
-        ("paired", "--pairs", "8", "--latency-pairs", "8", "--trace-rounds", "8", "--skewed-pairs", "0"),
+        ("paired", "--pairs", "6", "--latency-pairs", "6", "--trace-rounds", "6", "--skewed-pairs", "0"),
         (
             "paired",
             "--pairs",

@@ -34,7 +34,7 @@ from moescope.profiler.trace_writer import SHARD_BYTES, TraceOptions, TraceWrite
 #: Qwen3-30B-A3B's layers.
 LAYERS: Final = tuple(LayerInfo(i, 128, 8) for i in range(48))
 TOKENS: Final = 1_000_000
-QUICK_TOKENS: Final = 500_000
+QUICK_TOKENS: Final = 250_000
 STEP: Final = 16_384
 #: Prompt tokens and tokens to generate of the runs through transformers.
 RUNS: Final = ((20_000, 0), (2_000, 16))
