@@ -75,7 +75,7 @@ CASES: Final = (
         "benchmarks.recording_cost",
         ("--quick",),
         ("--quick", "--repetitions", "1"),
-        300,
+        600,
         ("CPU time", "CPU in recorder"),
     ),
     Case(
@@ -85,7 +85,7 @@ CASES: Final = (
         "benchmarks.memory",
         ("--quick",),
         ("--quick", "--long", "20000"),
-        300,
+        600,
         ("peak",),
     ),
     Case(
@@ -95,7 +95,7 @@ CASES: Final = (
         "benchmarks.kernels",
         ("--repetitions", "10"),
         ("--quick",),
-        120,
+        600,
         ("time of floor",),
     ),
     Case(
@@ -105,7 +105,7 @@ CASES: Final = (
         "benchmarks.traces",
         ("--quick",),
         ("--quick", "--repetitions", "1"),
-        300,
+        600,
         (
             "bytes a token",
             "memory above that before",
@@ -123,7 +123,7 @@ CASES: Final = (
         "benchmarks.analysis",
         ("--repetitions", "3"),
         ("--quick",),
-        300,
+        600,
     ),
     Case(
         "cpu",
@@ -132,7 +132,7 @@ CASES: Final = (
         "benchmarks.weights",
         ("--quick",),
         ("--quick", "--repetitions", "1"),
-        300,
+        600,
         ("ratio", "peak memory"),
     ),
     Case(
@@ -142,7 +142,7 @@ CASES: Final = (
         "benchmarks.peers",
         ("--repetitions", "3"),
         ("--quick",),
-        300,
+        600,
         ("selections too few or too many", "mean r at Δ = 4", "CPU time", "kept of the run", "layer correlation", "–"),
     ),
     Case(
