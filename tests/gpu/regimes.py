@@ -169,7 +169,7 @@ def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
                 continue
             sums = engine.run(requests, generation, batch).sums.parts[0]
             row |= _compare(engine, requests, outputs, sums, capture, case)
-        if engine.probabilities and engine._writers == 1:
+        if engine.probabilities and engine._writers == 1 and not case.get("shared"):  # cached tokens are not routed
             row |= _distributions(engine, requests[1].token_ids)
         row["verified"] = engine.findings().get("verified", {}).get("token_layers", 0)
         row["skipped"] = engine.findings().get("skipped_by_prefix_cache", 0)

@@ -140,6 +140,8 @@ def difference(first: PassResult, second: PassResult) -> float:
         if name in ("raw", "centred"):
             sound = ~(faulty if name == "raw" else faulty.any(1, keepdim=True))
             kept &= sound[..., :, None] & sound[..., None, :]
+        if name in ("raw", "centred", "within"):  # the same below the diagonal, where it may be left out
+            kept = kept.triu()
         measure = (first.state["within"] if name == "between" else tensor).double()
         if kept.any() and (scale := float(measure[measure.isfinite()].abs().max())):
             worst = max(worst, float((own - other)[kept].abs().max()) / scale)
