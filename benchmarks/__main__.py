@@ -323,6 +323,13 @@ def chosen_cases(part: str, only: str | None, parser: argparse.ArgumentParser) -
     return [known[name] for name in names]
 
 
+def gpu_is_there() -> bool:
+    """Whether torch finds a GPU: vLLM's CPU build would take tens of gigabytes of memory instead."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; 0 if every case ran to its end."""
     parser = argparse.ArgumentParser(
@@ -339,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in CASES:
             print(f"{case.part}  {case.name:<14} {case.question}")
         return DONE
+    if any(case.part == "gpu" for case in cases) and not gpu_is_there():
+        parser.error("torch finds no GPU here, which the GPU part needs; run the CPU part: python -m benchmarks")
     rows: list[Row] = []
     shown: list[Row] = []
     remarks: list[str] = []

@@ -41,6 +41,14 @@ def test_a_wrong_name_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--only: no case 'coffee'; choose from recording, memory, kernels" in error
 
 
+def test_the_gpu_part_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu"])
+    assert ended.value.code == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
 def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
