@@ -36,7 +36,7 @@ class Case:
         name: As the command line takes it.
         question: What it answers.
         script: Module to run.
-        arguments: Its arguments.
+        arguments: Its arguments, separated by spaces.
         quick: Its arguments for a rough look.
         seconds: How long it may take.
         shown: Metrics that the suite's table shows; empty: all.
@@ -48,23 +48,26 @@ class Case:
     name: str
     question: str
     script: str
-    arguments: tuple[str, ...]
-    quick: tuple[str, ...]
+    arguments: str
+    quick: str
     seconds: int
     shown: tuple[str, ...] = ()
     gives: Literal["file", "lines", "text"] = "file"
 
 
-def _served(provider: str) -> Case:
+def _served(provider: str, question: str) -> Case:
     """One provider of vLLM's throughput in a process of its own."""
-    process = ("process", "--provider", provider)
-    question = {
-        "off": "How fast is vLLM without recording?",
-        "moescope": "How fast is it with counts, in a process of its own?",
-        "capture": "How fast is it with its own capture of routed experts?",
-    }[provider]
-    few, fewest = (*process, "--blocks", "3"), (*process, "--blocks", "1")
-    return Case("gpu", f"vllm-{provider}", question, "benchmarks.vllm_overhead", few, fewest, 600, gives="lines")
+    process = f"process --provider {provider} --blocks"
+    return Case(
+        "gpu",
+        f"vllm-{provider}",
+        question,
+        "benchmarks.vllm_overhead",
+        f"{process} 3",
+        f"{process} 1",
+        600,
+        gives="lines",
+    )
 
 
 CASES: Final = (
@@ -73,8 +76,8 @@ CASES: Final = (
         "recording",
         "What do counts, pairs, distributions and a trace add to a forward?",
         "benchmarks.recording_cost",
-        ("--quick",),
-        ("--quick", "--repetitions", "1"),
+        "--quick",
+        "--quick --repetitions 1",
         600,
         ("CPU time", "CPU in recorder"),
     ),
@@ -83,8 +86,8 @@ CASES: Final = (
         "memory",
         "Does memory grow with the length of a run?",
         "benchmarks.memory",
-        ("--quick",),
-        ("--quick", "--long", "20000"),
+        "--quick",
+        "--quick --long 20000",
         600,
         ("peak",),
     ),
@@ -93,8 +96,8 @@ CASES: Final = (
         "kernels",
         "How far is counting from merely passing over the same memory?",
         "benchmarks.kernels",
-        ("--repetitions", "10"),
-        ("--quick",),
+        "--repetitions 10",
+        "--quick",
         600,
         ("time of floor",),
     ),
@@ -103,8 +106,8 @@ CASES: Final = (
         "traces",
         "How fast are traces written and read beside the plain files, and what do they add to a run?",
         "benchmarks.traces",
-        ("--quick",),
-        ("--quick", "--repetitions", "1"),
+        "--quick",
+        "--quick --repetitions 1",
         600,
         (
             "bytes a token",
@@ -121,8 +124,8 @@ CASES: Final = (
         "analysis",
         "What do statistics and the report take beside reading the profile?",
         "benchmarks.analysis",
-        ("--repetitions", "3"),
-        ("--quick",),
+        "--repetitions 3",
+        "--quick",
         600,
     ),
     Case(
@@ -130,8 +133,8 @@ CASES: Final = (
         "weights",
         "What does a pass over weights cost beside merely reading them?",
         "benchmarks.weights",
-        ("--quick",),
-        ("--quick", "--repetitions", "1"),
+        "--quick",
+        "--quick --repetitions 1",
         600,
         ("ratio", "peak memory"),
     ),
@@ -140,8 +143,8 @@ CASES: Final = (
         "peers",
         "What do other tools count on the same model and tokens, and how fast?",
         "benchmarks.peers",
-        ("--repetitions", "3"),
-        ("--quick",),
+        "--repetitions 3",
+        "--quick",
         600,
         ("selections too few or too many", "mean r at Δ = 4", "CPU time", "kept of the run", "layer correlation", "–"),
     ),
@@ -150,32 +153,21 @@ CASES: Final = (
         "vllm",
         "What does recording cost in paired blocks of one engine?",
         "benchmarks.vllm_overhead",
-        ("paired", "--pairs", "6", "--latency-pairs", "6", "--trace-rounds", "6", "--skewed-pairs", "0"),
-        (
-            "paired",
-            "--pairs",
-            "2",
-            "--latency-pairs",
-            "2",
-            "--trace-rounds",
-            "2",
-            "--skewed-pairs",
-            "0",
-            "--no-profiler",
-        ),
+        "paired --pairs 6 --latency-pairs 6 --trace-rounds 6 --skewed-pairs 0",
+        "paired --pairs 2 --latency-pairs 2 --trace-rounds 2 --skewed-pairs 0 --no-profiler",
         1800,
         gives="lines",
     ),
-    _served("off"),
-    _served("moescope"),
-    _served("capture"),
+    _served("off", "How fast is vLLM without recording?"),
+    _served("moescope", "How fast is it with counts, in a process of its own?"),
+    _served("capture", "How fast is it with its own capture of routed experts?"),
     Case(
         "gpu",
         "kernels-gpu",
         "How far is the commit's kernel from merely passing over the same memory?",
         "benchmarks.kernels",
-        ("--device", "cuda", "--repetitions", "50"),
-        ("--device", "cuda", "--quick"),
+        "--device cuda --repetitions 50",
+        "--device cuda --quick",
         180,
     ),
     Case(
@@ -183,8 +175,8 @@ CASES: Final = (
         "weights-gpu",
         "Does the pass over weights give the same on the GPU, and how fast is it beside reading?",
         "tests.gpu.weights_cuda",
-        (),
-        ("--layers", "12"),
+        "",
+        "--layers 12",
         900,
         gives="text",
     ),
@@ -210,7 +202,7 @@ def run_case(case: Case, quick: bool) -> Outcome:
     """Run a case in a process of its own; whatever happens in there, this returns."""
     with tempfile.TemporaryDirectory(prefix="moescope-benchmark-") as name, OtherLoad() as load:
         rows_file = Path(name) / "rows.json"
-        command = [sys.executable, "-m", case.script, *(case.quick if quick else case.arguments)]
+        command = [sys.executable, "-m", case.script, *(case.quick if quick else case.arguments).split()]
         if case.gives == "file":
             command += ["--json", str(rows_file)]
         # threads that spin while they wait slow each other down; what a killed process leaves goes with the folder

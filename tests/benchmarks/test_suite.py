@@ -14,7 +14,7 @@ from benchmarks.rows import read_json
 ROOT = Path(__file__).parents[2]
 
 
-def case(script: str, *arguments: str, seconds: int = 60, gives: str = "file") -> Case:
+def case(script: str, arguments: str = "", seconds: int = 60, gives: str = "file") -> Case:
     return Case("cpu", "one", "?", script, arguments, arguments, seconds, gives=gives)  # type: ignore[arg-type]
 
 
@@ -59,14 +59,14 @@ def test_the_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_case_that_fails_says_why() -> None:
-    outcome = run_case(case("benchmarks.kernels", "--device", "abacus"), quick=False)
+    outcome = run_case(case("benchmarks.kernels", "--device abacus"), quick=False)
     assert not outcome.rows
     assert outcome.failure.startswith("exit code 2: ")
     assert "invalid choice: 'abacus'" in outcome.failure
 
 
 def test_a_case_that_takes_too_long_is_stopped() -> None:
-    outcome = run_case(case("benchmarks.kernels", "--repetitions", "100000000", seconds=1), quick=False)
+    outcome = run_case(case("benchmarks.kernels", "--repetitions 100000000", seconds=1), quick=False)
     assert outcome.failure == "stopped after 1 s"
 
 
