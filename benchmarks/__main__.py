@@ -134,7 +134,7 @@ CASES: Final = (
         "What does a pass over weights cost beside merely reading them?",
         "benchmarks.weights",
         "--quick",
-        "--quick --repetitions 1",
+        "--quick",
         600,
         ("ratio", "peak memory"),
     ),

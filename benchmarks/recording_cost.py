@@ -381,11 +381,14 @@ def print_goal(rows: Sequence[Row]) -> None:
     """Say for each case whether full distributions stay within the goal."""
     print(f"\nGoal: {GOAL_PROVIDER} takes at most {GOAL - 1:.0%} more CPU time than {OFF}.")
     for row in rows:
-        if (row.provider, row.metric, row.unit) == (GOAL_PROVIDER, "CPU time", "× off"):
-            upper = row.mean if row.bound is None else row.bound
-            lower = 2 * row.mean - upper
-            verdict = "met" if upper <= GOAL else "missed" if lower > GOAL else "open; repeat more often"
-            print(f"- {row.case}: median {row.p50 - 1:+.2%}, mean below {upper - 1:+.2%} (95%): {verdict}")
+        if (row.provider, row.metric, row.unit) != (GOAL_PROVIDER, "CPU time", "× off"):
+            continue
+        if row.bound is None:
+            print(f"- {row.case}: {row.p50 - 1:+.2%} once: open; repeat more often")
+            continue
+        lower = 2 * row.mean - row.bound
+        verdict = "met" if row.bound <= GOAL else "missed" if lower > GOAL else "open; repeat more often"
+        print(f"- {row.case}: median {row.p50 - 1:+.2%}, mean below {row.bound - 1:+.2%} (95%): {verdict}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
