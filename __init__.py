@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from moescope.viz.comparison_report import write_comparison as write_comparison
     from moescope.viz.export import export as export
     from moescope.viz.report import write_report as write_report
+    from moescope.viz.trace_view import view_trace as view_trace
+    from moescope.viz.trace_view_page import write_trace_view as write_trace_view
     from moescope.viz.weight_analysis import analyze_weights as analyze_weights
     from moescope.viz.weights_report import write_weights as write_weights
 
@@ -39,9 +41,11 @@ _PUBLIC = {
     "merge": "moescope.profiler.profile",
     "profile": "moescope.adapters.session",
     "record": "moescope.adapters.transformers_record",
+    "view_trace": "moescope.viz.trace_view",
     "weigh": "moescope.adapters.weighing",
     "write_comparison": "moescope.viz.comparison_report",
     "write_report": "moescope.viz.report",
+    "write_trace_view": "moescope.viz.trace_view_page",
     "write_weights": "moescope.viz.weights_report",
 }
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
+    from moescope.profiler.trace_excerpt import TraceExcerpt
     from moescope.profiler.weight_files import WeightRecord
     from moescope.profiler.weight_pass import PassProgress
     from moescope.stats.similarity import RouterSimilarity
@@ -275,7 +276,8 @@ def profile(
     token_sample: Annotated[
         bool,
         typer.Option(
-            help="Keep the text and distributions of one prompt's first 50 tokens for the 3-D view, or keep none."
+            help="Keep the text and distributions of one prompt's first 50 tokens for the 3-D view, and a page on the "
+            "trace's first tokens, or keep none."
         ),
     ] = True,
     measure: Measure = MeasureName.frequency,
@@ -501,6 +503,8 @@ def profile(
         opened.close()
         del opened  # a pass over weights wants its memory
         structured = None if disable_structured_output else output_format
+        if tracing is not None and token_sample:
+            _view_beside(tracing.folder, path)
         sample = load_sample(path, done.model)
         data = _report(
             done,
@@ -1091,6 +1095,81 @@ def trace_export(
 
     rows = export_trace(Trace(folder), output, export_format.value, force=force)
     typer.echo(f"Wrote {output}: {rows:,} tokens")
+
+
+@traces.command("view")
+def trace_view(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    request: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=_MOST, help="Show this request; may be given several times. By default the first."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to show at most.")] = 5_000,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder of a checkpoint, or hub id, whose tokenizer gives tokens their text; by default that of the "
+            "model that was traced, if it is on this machine.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; by default DIR_view.html beside the trace.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    r"""Write a page that shows the routing of single tokens: text in the colours of its experts, paths, surfaces.
+
+    \b
+    Examples:
+      moescope trace view results/trace
+      moescope trace view results/trace --request 3 --request 14 --tokenizer Qwen/Qwen3-30B-A3B -o view.html
+    """
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_excerpt import excerpt
+    from moescope.viz.trace_view import excerpt_view
+    from moescope.viz.trace_view_page import write_trace_view
+
+    file = output or folder.absolute().with_name(f"{folder.absolute().name}_view.html")
+    if file.exists() and (not force or not file.is_file()):
+        raise OutputError(f"{file} exists; choose another name, or --force to overwrite")
+    found = excerpt(Trace(folder), request, tokens)
+    _prepare_engine()
+    opened, remarks = _tokenizer(found, tokenizer)
+    for remark in remarks:
+        _console.print(remark)
+    view = excerpt_view(found, opened, remarks)
+    write_trace_view(view, file)
+    typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} requests")
+
+
+def _view_beside(folder: Path, path: Path) -> None:
+    """Write the token view of a run's trace beside its report, which links to it; an empty trace has none."""
+    from moescope.profiler.sidecars import TRACE_VIEW_NAME
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_excerpt import excerpt
+    from moescope.viz.trace_view import TOKENS, excerpt_view
+    from moescope.viz.trace_view_page import write_trace_view
+
+    trace = Trace(folder)
+    if trace.tokens:
+        found = excerpt(trace, None, TOKENS)
+        write_trace_view(excerpt_view(found, *_tokenizer(found, None)), path / TRACE_VIEW_NAME)
+
+
+def _tokenizer(found: "TraceExcerpt", named: str | None) -> tuple[Any, list[str]]:
+    """The tokenizer of the model that is named or was traced; without a name, None and the reason where it fails."""
+    from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer
+
+    model = named or found.about.model.id
+    try:
+        opened = open_tokenizer(model, local=named is None)
+        check_vocabulary(opened, found.rows.token, model)
+    except ModelError as error:
+        if named is not None:
+            raise ModelError(f"--tokenizer {error}") from error
+        return None, [f"Tokens are shown by their ids: {error}. --tokenizer MODEL names another."]
+    return opened, []
 
 
 def _traced(counts: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ from moescope.profiler.profile import ModelInfo
 
 SAMPLE_NAME: Final = "token_sample.safetensors"
 ROUTERS_NAME: Final = "router_similarity.safetensors"
+#: A page on the tokens of the run's trace.
+TRACE_VIEW_NAME: Final = "trace_view.html"
 #: Tokens and layers that a sample holds at most.
 SAMPLE_TOKENS: Final = 50
 SAMPLE_LAYERS: Final = 10
@@ -146,7 +148,7 @@ def load_routers(folder: Path, model: ModelInfo) -> RouterTables | None:
 
 def forget(folder: Path) -> None:
     """Remove what an earlier run left beside the profile that another has replaced."""
-    for name in (SAMPLE_NAME, ROUTERS_NAME, WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME):
+    for name in (SAMPLE_NAME, ROUTERS_NAME, TRACE_VIEW_NAME, WEIGHTS_NAME, PARTIAL_WEIGHTS_NAME):
         with contextlib.suppress(OSError):
             (folder / name).unlink(missing_ok=True)
 

@@ -69,6 +69,7 @@ class Page:
         domains: domains to choose from; empty shows no selector.
         tables: heading, column names and rows of each table at the end; numbers are set right.
         footer: last line.
+        links: name and title of pages that lie beside this one.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Page:
     domains: Sequence[str] = ()
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str | int]]]] = ()
     footer: str = ""
+    links: Sequence[tuple[str, str]] = ()
 
 
 def packed(matrix: NDArray[np.float64]) -> dict[str, Any]:
@@ -123,20 +125,21 @@ def page_text(page: Page) -> str:
     }
     body = [_head(page), *(_section(section, bool(page.domains)) for section in page.sections)]
     body += [_table(f"table-{place}", *table) for place, table in enumerate(page.tables)]
-    return Template(_asset("report.html")).substitute(
+    return Template(asset("report.html")).substitute(
         title=_text(page.title),
         subject=_text(page.subject),
-        css=_asset("report.css"),
+        css=asset("report.css"),
         controls=_domain_select(page.domains),
         body="\n".join(body),
         footer=_text(page.footer),
-        data=_script_json(data),
+        data=script_json(data),
         library=LIBRARY,
-        script=_asset("report.js"),
+        script=asset("report.js"),
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Text of a file that pages are made of."""
     return files("moescope.viz").joinpath("assets", name).read_text(encoding="utf-8")
 
 
@@ -145,7 +148,7 @@ def _text(text: str) -> str:
     return escape(theme.printable(text))
 
 
-def _script_json(data: Any) -> str:
+def script_json(data: Any) -> str:
     """Strict JSON that cannot end the script element it stands in."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -194,7 +197,7 @@ $contents
 _VERDICT = Template('<p class="badge $kind">$text</p>')
 _FACT = Template("<div><dt>$label</dt><dd><bdi>$value</bdi></dd></div>")
 _ITEM = Template("<li><bdi>$text</bdi></li>")
-_LINK = Template('<li><a href="#$id">$title</a></li>')
+_LINK = Template('<li><a href="$place">$title</a></li>')
 _SECTION = Template("""\
 <section id="$id">
 <h2>$title</h2>
@@ -221,6 +224,7 @@ _CELL = Template("<td$kind><bdi>$text</bdi></td>")
 
 
 def _head(page: Page) -> str:
+    places = [*((f"#{section.id}", section.title) for section in page.sections), *page.links]
     verdict = ""
     if page.verdict is not None:
         good, text = page.verdict
@@ -233,7 +237,7 @@ def _head(page: Page) -> str:
         notes=Template('<ul class="findings">$items</ul>').substitute(items=notes) if notes else "",
         scope=" (all domains together)" if page.domains else "",
         findings="\n".join(_ITEM.substitute(text=_text(finding)) for finding in page.findings),
-        contents="\n".join(_LINK.substitute(id=section.id, title=_text(section.title)) for section in page.sections),
+        contents="\n".join(_LINK.substitute(place=_text(place), title=_text(title)) for place, title in places),
     )
 
 

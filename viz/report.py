@@ -1,5 +1,6 @@
 """A profile's report: every figure, the summary and the structured data, under their documented names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from moescope.viz.activation import activation_heatmap
@@ -17,6 +18,8 @@ from moescope.viz.weights_report import EXPERT_PAGES, expert_figures
 from moescope.viz.wording import subject
 
 PAGE_NAME = "report.html"
+TRACE_VIEW_NAME = "trace_view.html"
+"""A token view that lies beside the report is linked from it."""
 CORRELATION_PAGES = (
     "layer_correlation_matrix.html",
     "periodic_pattern_analysis.html",
@@ -66,7 +69,8 @@ def write_report(
 
     folder.mkdir(parents=True, exist_ok=True)
     write_figures(figures, folder, report.model_id)
-    write_page(report_page(report, figures), folder / PAGE_NAME)
+    views = [(TRACE_VIEW_NAME, "Tokens of the trace")] if (folder / TRACE_VIEW_NAME).is_file() else []
+    write_page(replace(report_page(report, figures), links=views), folder / PAGE_NAME)
     for name, text in texts.items():
         write_text(folder / name, text)
     for name, content in data.items():

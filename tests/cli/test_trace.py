@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -37,7 +38,11 @@ def test_profile_traces(cli: Cli, checkpoint: Path) -> None:
     assert again.code == 2
     assert "out/trace holds a trace; choose another folder for --trace, or --force" in again.error
     assert not Path("other").exists()
+    assert '<a href="trace_view.html">' in Path("out/report.html").read_text(encoding="utf-8")
+    assert '"number":1,' in Path("out/trace_view.html").read_text(encoding="utf-8")
     assert cli(*shared, "-o", "other", "--trace", "out/trace", "--force", "--trace-limit", "1KB").code == 0
+    assert not Path("other/trace_view.html").exists(), "the trace is empty"
+    assert "trace_view.html" not in Path("other/report.html").read_text(encoding="utf-8")
     assert Trace("out/trace").index.last.limited == 2
     done = cli(*shared, "-o", "third", "--trace", "third/t", "--trace-sample", 0.000001)
     assert "Wrote the trace third/t: 0 of 2 requests (0.0%), 2 left out by the sample" in done.out
@@ -170,7 +175,66 @@ def test_text_that_looks_like_a_formula_is_harmless_in_csv(cli: Cli, trace: Path
     assert ",'=1+1," in Path("a.csv").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["info", "head", "verify", "export"])
+def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
+    shared = ("profile", "a <b>é", "-m", checkpoint, "--max-tokens", 4, "--disable-structured-output")
+    done = cli(*shared, "-o", "out", "--trace", "auto", "--no-token-sample")
+    assert done.code == 0, done.err
+    assert not Path("out/trace_view.html").exists(), "text is not to be kept"
+    done = cli("trace", "view", "out/trace")
+    file = Path("out/trace_view.html").absolute()
+    assert (done.code, done.out) == (0, f"Wrote {file}: 10 tokens of 1 requests\n"), done.err
+    assert json.loads(re.search(r'"texts":(\[.*?\])', file.read_text(encoding="utf-8"))[1])[:7] == [*"a <b>", "", "é"]
+    again = cli("trace", "view", "out/trace")
+    assert f"{file} exists; choose another name, or --force" in again.error
+    assert cli("trace", "view", "out/trace", "--force", "--tokenizer", checkpoint).code == 0
+
+
+def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
+    done = cli("trace", "view", "t", "--request", 3, "--request", 7, "-o", "new/a.html")
+    assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 requests\n"), done.err
+    assert "Tokens are shown by their ids: tiny has no tokenizer that can be read" in done.err
+    page = Path("new/a.html").read_text(encoding="utf-8")
+    assert '"texts":null' in page
+    assert "Tokens are shown by their ids: tiny has no tokenizer" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--request", "77"], "t holds no request 77; its requests lie in 0 to 9"),
+        (["--tokenizer", "nothing/there"], "--tokenizer nothing/there has no tokenizer that can be read"),
+        (["--tokens", "0"], "--tokens"),
+        (["--request", "3", "--request", "4", "--tokens", "6"], "--tokens 6 is used up before request 4"),
+        (["-o", "t"], "t exists; choose another name, or --force"),
+    ],
+)
+def test_a_view_that_cannot_be(cli: Cli, trace: Path, arguments: list[str], message: str) -> None:
+    done = cli("trace", "view", "t", *arguments)
+    assert done.code == 2
+    assert message in done.error
+    assert not Path("t_view.html").exists()
+
+
+def test_a_tokenizer_of_another_vocabulary(cli: Cli, trace: Path, checkpoint: Path) -> None:
+    done = cli("trace", "view", "t", "--tokenizer", checkpoint)
+    assert done.code == 2
+    highest = max(int(rows.token.max()) for rows in Trace(trace).rows())
+    assert f"--tokenizer {checkpoint} has token ids 0 to 257, and the trace has {highest}; it takes" in done.error
+    file = trace / "trace.json"
+    file.write_text(file.read_text().replace('"tiny"', json.dumps(str(checkpoint))))
+    done = cli("trace", "view", "t")
+    assert done.code == 0
+    assert f"Tokens are shown by their ids: {checkpoint} has token ids 0 to 257, and" in done.err
+
+
+def test_an_empty_trace_has_no_view(cli: Cli, trace: Path) -> None:
+    (trace / INDEX_NAME).write_text("")
+    done = cli("trace", "view", "t")
+    assert done.code == 2
+    assert "t holds no tokens of a finished batch" in done.error
+
+
+@pytest.mark.parametrize("command", ["info", "head", "verify", "export", "view"])
 def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, command: str) -> None:
     more = ["--format", "csv", "-o", "a.csv"] if command == "export" else []
     (tmp_path / "empty").mkdir()
@@ -184,6 +248,6 @@ def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, command: str) -> None:
 def test_help_and_a_missing_command(cli: Cli) -> None:
     done = cli("trace", "--help")
     assert done.code == 0
-    assert all(name in done.out for name in ("info", "head", "verify", "export"))
+    assert all(name in done.out for name in ("info", "head", "verify", "export", "view"))
     assert "Missing command" in cli("trace").error
     assert "\b" not in cli("trace", "info", "--help").out

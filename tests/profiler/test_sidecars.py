@@ -267,6 +267,7 @@ def test_what_an_earlier_run_left_is_forgotten(tmp_path: Path) -> None:
     for name in NAMES:
         save(name, tmp_path)
     (tmp_path / "mine").touch()
+    (tmp_path / "trace_view.html").touch()
     forget(tmp_path)
     assert os.listdir(tmp_path) == ["mine"]
     forget(tmp_path)
