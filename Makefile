@@ -68,9 +68,8 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## Measure what recording costs on this machine, quickly
-	$(BIN)/python -m benchmarks.recording_cost --quick
-	$(BIN)/python -m benchmarks.memory --quick
+bench: $(READY) ## Run the CPU part of the benchmark suite, in less than five minutes where the machine is idle
+	$(BIN)/python -m benchmarks
 
 clean: ## Remove the environment, caches and demo results
 	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info demo_results demo_results_control

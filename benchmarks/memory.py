@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, repetitions=5)
-    parser.add_argument("--long", type=int, default=LONG, metavar="T", help="tokens of the long run; %(default)s")
+    parser.add_argument("--long", type=int, metavar="T", help=f"tokens of the long run; {LONG}, quick: {QUICK_LONG}")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="tokens to generate; %(default)s")
     parser.add_argument("--child", nargs=3, metavar=("MODEL", "TOKENS", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -220,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, tokens, folder = options.child
         print(json.dumps(asdict(measure_here(Path(model), int(tokens), Path(folder), options.max_tokens))))
         return
-    repetitions, long_tokens = (1, QUICK_LONG) if options.quick else (options.repetitions, options.long)
+    repetitions, long_tokens = (1, QUICK_LONG) if options.quick else (options.repetitions, LONG)
+    long_tokens = options.long or long_tokens
     short: list[Usage] = []
     long: list[Usage] = []
     with tempfile.TemporaryDirectory() as name, OtherLoad() as load:

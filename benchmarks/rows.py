@@ -16,6 +16,8 @@ from typing import Final, Self
 import numpy as np
 from scipy.stats import t as student
 
+from moescope import __version__
+
 #: CPU time of other processes, in cores, above which timings do not count as taken on a quiet machine.
 QUIET: Final = 0.1
 
@@ -32,6 +34,7 @@ class Host:
         transformers: Version.
         moescope: Version.
         date: Day, ISO 8601, UTC.
+        vllm: Version, where it took part.
     """
 
     device: str
@@ -41,6 +44,7 @@ class Host:
     transformers: str
     moescope: str
     date: str
+    vllm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,11 @@ class Row:
         provider: What ran it: "off", or what was recorded.
         metric: What was measured.
         unit: Its unit.
-        p20: 20th percentile over the repetitions.
+        p20: 20th percentile over the repetitions; None, as all that follow, where there is nothing to measure.
         p50: Median.
         p80: 80th percentile.
-        low: Least.
-        high: Greatest.
+        low: Least; None where it was not kept.
+        high: Greatest; likewise.
         mean: Mean.
         bound: One-sided 95% upper bound of the mean (Student's t), or None for a single repetition.
         n: Repetitions.
@@ -68,12 +72,12 @@ class Row:
     provider: str
     metric: str
     unit: str
-    p20: float
-    p50: float
-    p80: float
-    low: float
-    high: float
-    mean: float
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    low: float | None
+    high: float | None
+    mean: float | None
     bound: float | None
     n: int
     other_load: float
@@ -110,18 +114,21 @@ def _own_seconds() -> float:
     return own.user + own.system + own.children_user + own.children_system
 
 
-def this_host() -> Host:
-    """The machine that this runs on."""
+def this_host(device: str = "cpu") -> Host:
+    """The machine that this runs on; `device`: the kind of device that was measured, "cpu" or "cuda"."""
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
+    name = f"{len(os.sched_getaffinity(0))} cores of an {platform.machine()} server, {capability}"
+    if device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, {name}"
     return Host(
-        device=f"{len(os.sched_getaffinity(0))} cores of an {platform.machine()} server, {capability}",
+        device=name,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=importlib.metadata.version("transformers"),
-        moescope=importlib.metadata.version("moescope"),
+        moescope=__version__,
         date=datetime.now(UTC).date().isoformat(),
     )
 
@@ -163,24 +170,32 @@ def make_row(
     )
 
 
+def absent_row(case: str, provider: str, metric: str, why: str, host: Host) -> Row:
+    """A row without numbers, which says in place of the unit why there are none."""
+    return Row(case, provider, metric, why, None, None, None, None, None, None, None, 0, 0.0, host)
+
+
 def describe(rows: Sequence[Row]) -> str:
     """One line on where `rows` were measured, and whether the machine was quiet."""
     host = rows[0].host
     load = max(row.other_load for row in rows)
     quiet = "on a quiet machine" if load <= QUIET else "BESIDE OTHER LOAD, timings are rough"
+    vllm = next((f"vLLM {row.host.vllm}, " for row in rows if row.host.vllm), "")
     return (
         f"{host.device}; {host.threads} threads; Python {host.python}, torch {host.torch}, "
-        f"transformers {host.transformers}, moescope {host.moescope}; {host.date}; "
+        f"transformers {host.transformers}, {vllm}moescope {host.moescope}; {host.date}; "
         f"other processes took up to {load:.2f} cores: {quiet}"
     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table of `rows`."""
-    names = ("case", "provider", "metric", "unit", "p20", "p50", "p80", "min", "max", "bound", "n")
+def markdown(rows: Sequence[Row], *, short: bool = False) -> str:
+    """A Markdown table of `rows`; a short one leaves the least, the greatest and the bound out."""
+    names = ["case", "provider", "metric", "unit", "p20", "p50", "p80", "min", "max", "bound", "n"]
+    if short:
+        names[7:10] = []
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * 4 + "---:|" * (len(names) - 4)]
     for row in rows:
-        numbers = (row.p20, row.p50, row.p80, row.low, row.high, row.bound)
+        numbers = (row.p20, row.p50, row.p80, row.low, row.high, row.bound)[: 3 if short else None]
         shown = ["–" if number is None else _number(number) for number in numbers]
         cells = (row.case, row.provider, row.metric, row.unit, *shown, str(row.n))
         lines.append("| " + " | ".join(cells) + " |")
@@ -190,6 +205,11 @@ def markdown(rows: Sequence[Row]) -> str:
 def _number(value: float) -> str:
     """Four decimals below 10, so that percents of a ratio can be read; fewer above."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def read_json(path: Path) -> list[Row]:
+    """The rows that `write_json` wrote to `path`."""
+    return [Row(**{**row, "host": Host(**row["host"])}) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:

@@ -1,8 +1,9 @@
 """What traces cost: bytes a token, writing and reading speed, and what tracing adds to a run through transformers.
 
-Reading is materialised, checksums on, from files that the system holds in memory, on one core, beside the ceiling:
-reading the same bytes into the same memory and the same checksum, without a trace. Speeds are of CPU time where they
-say so, since other processes take wall time. Tracing is compared with the same run without it, in turns.
+Writing is held against plain sequential writing of as many bytes to the same disk, both synchronised. Reading is
+materialised, checksums on, from files that the system holds in memory, on one core, beside the ceiling: reading the
+same bytes into the same memory and the same checksum, without a trace. Speeds are of CPU time where they say so, since
+other processes take wall time. Tracing is compared with the same run without it, in turns.
 
     python -m benchmarks.traces [--quick] [--json FILE] [--repetitions N]
 """
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moescope.adapters.transformers_hooks import overridden
 from moescope.adapters.transformers_trace import BatchTrace
@@ -27,15 +29,16 @@ from moescope.benchmarks.memory import Sampler, anonymous_memory, prompts, save_
 from moescope.benchmarks.rows import OtherLoad, Row, add_options, make_row, report, this_host
 from moescope.profiler.profile import EngineInfo, LayerInfo, ModelInfo, RunInfo
 from moescope.profiler.trace import Trace, TraceAbout, TraceRows
-from moescope.profiler.trace_writer import TraceOptions, TraceWriter
+from moescope.profiler.trace_writer import SHARD_BYTES, TraceOptions, TraceWriter
 
 #: Qwen3-30B-A3B's layers.
 LAYERS: Final = tuple(LayerInfo(i, 128, 8) for i in range(48))
 TOKENS: Final = 1_000_000
-QUICK_TOKENS: Final = 500_000
+QUICK_TOKENS: Final = 250_000
 STEP: Final = 16_384
 #: Prompt tokens and tokens to generate of the runs through transformers.
 RUNS: Final = ((20_000, 0), (2_000, 16))
+QUICK_RUNS: Final = ((10_000, 0), (1_000, 16))
 #: Least reading speed, GB/s, or half the ceiling; most bytes of a token beside its ids.
 GOAL_SPEED: Final = 1.0
 GOAL_BYTES: Final = 16
@@ -66,16 +69,29 @@ def step(of: TraceAbout) -> TraceRows:
     )
 
 
-def write(folder: Path, of: TraceAbout, rows: TraceRows, tokens: int) -> float:
-    """Write a trace of `tokens` tokens; wall seconds until all of it is on disk."""
-    start = time.monotonic()
+def write(folder: Path, of: TraceAbout, rows: TraceRows, tokens: int) -> tuple[float, float]:
+    """Write a trace of `tokens` tokens; wall and CPU seconds until all of it is on disk."""
+    wall, cpu = time.monotonic(), time.process_time()
     with TraceWriter(of, TraceOptions(folder, weights=of.weights)) as writer:
         writer.admit([0], [tokens])
         for done in range(0, tokens, STEP):
             writer.append(rows.take(slice(0, min(STEP, tokens - done))))
         writer.commit(0)
         writer.finish()
-    return time.monotonic() - start
+    return time.monotonic() - wall, time.process_time() - cpu
+
+
+def write_plainly(file: Path, size: int) -> tuple[float, float]:
+    """Write so many bytes to a file, one after the other; wall and CPU seconds until all is on disk."""
+    memory = np.random.default_rng(0).integers(0, 128, min(size, SHARD_BYTES), dtype=np.uint8)
+    wall, cpu = time.monotonic(), time.process_time()
+    with open(file, "wb", buffering=0) as target:
+        for done in range(0, size, len(memory)):
+            target.write(memory[: size - done].data)
+        os.fsync(target.fileno())
+    taken = time.monotonic() - wall, time.process_time() - cpu
+    file.unlink()
+    return taken
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -92,15 +108,20 @@ def read(trace: Trace, *, reuse: bool = True) -> None:
         raise RuntimeError(f"{tokens} of {trace.tokens} tokens were read")
 
 
+def read_into(path: Path, memory: NDArray[np.uint8]) -> None:
+    """Fill memory from the start of a file."""
+    with open(path, "rb", buffering=0) as file:
+        done = 0
+        while done < len(memory):
+            done += file.readinto(memory[done:].data)
+
+
 def ceiling(trace: Trace) -> None:
     """Read the same files into the same memory and take the same checksum."""
     memory = np.empty(max(shard.bytes for shard in trace.index.shards), np.uint8)
     for shard in trace.index.shards:
-        with open(trace.folder / shard.name, "rb", buffering=0) as file:
-            part = memory[: shard.bytes]
-            done = 0
-            while done < shard.bytes:
-                done += file.readinto(part[done:].data)
+        part = memory[: shard.bytes]
+        read_into(trace.folder / shard.name, part)
         if zlib.crc32(part.data) != shard.crc32:
             raise RuntimeError(f"{shard.name} is damaged")
 
@@ -114,16 +135,19 @@ def file_rows(tokens: int, repetitions: int) -> tuple[list[Row], list[str]]:
         of = about(weights)
         given = step(of)
         case = f"{tokens:,} tokens, 48 layers × 128 experts, top-8, ids{' and weights' * weights}"
-        writing, speeds, own, ceilings, peaks, counting = [], [], [], [], [], []
+        speeds, own, ceilings, peaks, counting = [], [], [], [], []
+        written: dict[str, list[tuple[float, float]]] = {"trace": [], "plain sequential file": []}
         with OtherLoad() as load:
             for _ in range(repetitions):
                 with tempfile.TemporaryDirectory() as name:
+                    for _ in range(2):  # once more than is counted: memory of the system that was never used is slow
+                        plain = write_plainly(Path(name) / "plain", tokens * of.row_bytes)
+                    written["plain sequential file"].append(plain)
                     before = anonymous_memory()
                     with Sampler() as sampler:
-                        seconds = write(Path(name) / "t", of, given, tokens)
+                        written["trace"].append(write(Path(name) / "t", of, given, tokens))
                     trace = Trace(Path(name) / "t")
                     size = sum(shard.bytes for shard in trace.index.shards)
-                    writing.append(size / seconds / 1e9)
                     peaks.append(sampler.peak - before)
                     read(trace)  # warm
                     for work, found in (
@@ -136,7 +160,6 @@ def file_rows(tokens: int, repetitions: int) -> tuple[list[Row], list[str]]:
         each = size / trace.tokens
         values: Sequence[tuple[str, str, list[float]]] = (
             ("bytes a token", "bytes", [each]),
-            ("written and synchronised, wall time", "GB/s", writing),
             ("memory above that before", "MB", peaks),
             ("read, materialised, checksums on, CPU time", "GB/s", speeds),
             ("read into new memory, checksums on, CPU time", "GB/s", own),
@@ -144,6 +167,14 @@ def file_rows(tokens: int, repetitions: int) -> tuple[list[Row], list[str]]:
             ("counted to a profile, CPU time", "tokens/s", counting),
         )
         rows += [make_row(case, "trace", metric, unit, data, load.cores, host) for metric, unit, data in values]
+        for place, clock in enumerate(("wall time", "CPU time")):
+            metric = f"written and synchronised, {clock}"
+            taken = {provider: [pair[place] for pair in pairs] for provider, pairs in written.items()}
+            for provider, seconds in taken.items():
+                speed = [size / 1e9 / each for each in seconds]
+                rows.append(make_row(case, provider, metric, "GB/s", speed, load.cores, host))
+            ratio = [a / b for a, b in zip(taken["trace"], taken["plain sequential file"], strict=True)]
+            rows.append(make_row(case, "trace", metric, "× plain", ratio, load.cores, host))
         median, most = float(np.median(speeds)), float(np.median(ceilings))
         met = median >= GOAL_SPEED or median >= most / 2
         goals.append(
@@ -188,7 +219,7 @@ class InTracing:
         return timed
 
 
-def run_rows(repetitions: int) -> list[Row]:
+def run_rows(runs: Sequence[tuple[int, int]], repetitions: int) -> list[Row]:
     """CPU time of runs through transformers with and without a trace, in turns, and the part that tracing takes."""
     import torch
 
@@ -201,7 +232,7 @@ def run_rows(repetitions: int) -> list[Row]:
         save_model(model)
         torch.set_num_threads(1)  # threads that wait for one another take CPU time of their own
         moescope.profile(model, prompts(1000))  # imports, and memory that later runs find warm
-        for tokens, new in RUNS:
+        for tokens, new in runs:
             seconds: dict[str, list[float]] = {"off": [], "trace": [], "trace, weights": []}
             shares: dict[str, list[float]] = {"trace": [], "trace, weights": []}
             with OtherLoad() as load:
@@ -230,9 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser, repetitions=5)
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    repetitions = 2 if options.quick else options.repetitions
+    repetitions = min(options.repetitions, 2) if options.quick else options.repetitions
     rows, goals = file_rows(QUICK_TOKENS if options.quick else TOKENS, repetitions)
-    rows += run_rows(repetitions)
+    rows += run_rows(QUICK_RUNS if options.quick else RUNS, repetitions)
     report(rows, options.json)
     print("\n" + "\n".join(goals))
 
