@@ -25,7 +25,7 @@ HELD: Final = 8
 ANCHORS: Final = 100_000
 #: Windows of the longest request, and the fewest tokens of one.
 WINDOWS: Final = 48
-LEAST_WINDOW: Final = 16
+LEAST_WINDOW: Final = 32
 
 #: Rows counted at a time: of one layer, they fit into a core's cache.
 _BLOCK: Final = 1 << 14
