@@ -861,7 +861,7 @@ def weights(
     from moescope.adapters.weighing import weigh
     from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
 
-    asked, chosen = _intervals(delta, "--delta"), _layers(layers)
+    asked, chosen = _intervals(delta, "--delta"), _numbers("--layers", layers)
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
     path = output_dir or _new_folder("moescope_weights")
@@ -1093,6 +1093,67 @@ def trace_export(
     typer.echo(f"Wrote {output}: {rows:,} tokens")
 
 
+@traces.command("analyze")
+def trace_analyze(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    output_dir: OutputDir = None,
+    requests: Annotated[str | None, typer.Option(help="Requests to analyse, e.g. 0-99,200; by default all.")] = None,
+    vocabulary: Annotated[
+        int, typer.Option(min=2, max=100_000, help="Most frequent token ids whose experts are looked at.")
+    ] = 256,
+    pair_tokens: Annotated[
+        int, typer.Option(min=2, max=_MOST, help="Tokens, spread evenly, that pairs of layers are compared on.")
+    ] = 50_000,
+    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores.")] = None,
+    force: Force = False,
+    disable_structured_output: Annotated[
+        bool, typer.Option("--disable-structured-output", help="Leave out trace.json.")
+    ] = False,
+) -> None:
+    r"""Say what the tokens of a trace tell: repetition, layers that agree, token ids, positions, beside chance.
+
+    \b
+    Example:
+      moescope trace analyze results/trace -o results/tokens
+    """
+    _one_thread_a_product()
+
+    from moescope.profiler.files import OutputFolder
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_sums import sum_trace
+    from moescope.profiler.weight_pass import cores
+    from moescope.viz.trace_analysis import analyze_trace
+    from moescope.viz.trace_findings import trace_findings, trace_notes
+    from moescope.viz.trace_report import write_trace_analysis
+
+    found, chosen = Trace(folder), _numbers("--requests", requests)
+    path = output_dir or _new_folder("moescope_trace")
+    if path.exists() and path.samefile(folder):
+        raise OptionError(f"--output-dir {path} is the trace itself; choose another folder")
+    with OutputFolder(path, force=force):
+        with _bar("Reading tokens") as show:
+            sums = sum_trace(
+                found,
+                requests=chosen,
+                vocabulary=vocabulary,
+                pair_tokens=pair_tokens,
+                n_jobs=n_jobs or cores(),
+                on_progress=lambda done, total: show(
+                    "Reading tokens", f"{done:,}/{total:,} tokens", completed=done, total=total
+                ),
+            )
+        with _console.status("Comparing layers …"):
+            analysis = analyze_trace(sums)
+        try:
+            written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
+        except OSError as error:
+            raise OutputError(f"cannot write the page into {path}: {error.strerror or error}") from error
+    typer.echo(f"{analysis.tokens:,} tokens of {analysis.requests:,} requests, {len(analysis.layers)} MoE layers")
+    for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
+        typer.echo(sentence)
+    typer.echo(f"Wrote {' and '.join(map(str, written))}")
+
+
 def _traced(counts: Mapping[str, Any]) -> str:
     """How many requests a trace holds, and why it leaves out the others."""
     reasons = {"sampled_out": "by the sample", "slow": "as the disk was too slow", "limited": "by the limit"}
@@ -1288,15 +1349,15 @@ def _intervals(text: str | None, option: str = "--periodic-intervals") -> tuple[
     return tuple(dict.fromkeys(values))
 
 
-def _layers(text: str | None) -> list[int] | None:
-    """Layers out of `3-10,20`."""
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Numbers out of `3-10,20`."""
     if text is None:
         return None
     runs = [re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII) for part in text.split(",")]
     found = [range(int(run[1]), int(run[2] or run[1]) + 1) for run in runs if run is not None]
     if len(found) < len(runs) or not all(found):
-        raise OptionError(f"--layers {text!r} must be layers and ranges of them, e.g. 3-10,20")
-    return sorted({layer for run in found for layer in run})
+        raise OptionError(f"{option} {text!r} must be {option[2:]} and ranges of them, e.g. 3-10,20")
+    return sorted({number for run in found for number in run})
 
 
 def _labels(text: str | None, count: int) -> list[str] | None:

@@ -49,7 +49,7 @@ class TraceSums:
         position_starts: int64 (B,), first position of each bucket of positions: 0, 1, 2, 4, 8 and so on.
         cell_tokens: int64 (C, B), tokens by step and bucket.
         counts: int64 (C, B, L, E), selections by step and bucket.
-        frequent: int32 (V,), the most frequent token ids, most frequent first.
+        frequent: int64 (V,), the most frequent token ids, most frequent first.
         occurrences: int64 (V,), how often each occurs.
         vocabulary: int64 (V, L, E), selections of their tokens.
         pairs: Tokens whose predecessor in the same request was traced.
@@ -81,7 +81,7 @@ class TraceSums:
     position_starts: Integers
     cell_tokens: Integers
     counts: Integers
-    frequent: NDArray[np.int32]
+    frequent: Integers
     occurrences: Integers
     vocabulary: Integers
     pairs: int
@@ -101,6 +101,11 @@ class TraceSums:
     windows: Integers
     sample: NDArray[np.unsignedinteger[Any]]
     seconds: float
+
+    @property
+    def lags(self) -> tuple[int, ...]:
+        """(G,) tokens back; the sum of the nearest is exact for all tokens in `kept`."""
+        return LAGS
 
     @property
     def tokens(self) -> int:
@@ -281,7 +286,7 @@ class _Reading:
             raise TraceError(f"{self.trace.folder} holds no tokens of a finished batch")
         self.tokens = int(self.lengths.sum())
         common = np.argsort(-ids.counts, kind="stable")[:vocabulary]
-        self.frequent, self.occurrences = ids.values[common].astype(np.int32), ids.counts[common]
+        self.frequent, self.occurrences = ids.values[common], ids.counts[common]
         self.by_id = np.argsort(self.frequent)
         ends = np.cumsum(self.lengths)
         self.step = np.searchsorted(np.ceil(np.array(STEPS) * self.tokens), ends)

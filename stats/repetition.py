@@ -71,8 +71,8 @@ def repetition(
 
     Chance is exact: over all orders of the trace's T tokens, m of them in a row all have an expert that c of T have
     with probability c (c - 1) … (c - m + 1) / (T (T - 1) … (T - m + 1)), the moments of drawing without replacement.
-    Runs: a run begins where a token has an expert that the token before it has not, so there are k (T - pairs) of them at
-    first tokens and k · pairs - kept elsewhere.
+    Runs: a run begins where a token has an expert that the token before it has not, so there are k (T - pairs) of them
+    at first tokens and k · pairs - kept elsewhere.
 
     Args:
         counts: (L, E) int64, selections.
