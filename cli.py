@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
+    from moescope.profiler.trace_sums import TraceSums
     from moescope.profiler.weight_files import WeightRecord
     from moescope.profiler.weight_pass import PassProgress
     from moescope.stats.similarity import RouterSimilarity
@@ -1104,6 +1105,14 @@ def trace_analyze(
     pair_tokens: Annotated[
         int, typer.Option(min=2, max=_MOST, help="Tokens, spread evenly, that pairs of layers are compared on.")
     ] = 50_000,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder of a checkpoint, or hub id, whose tokenizer gives token ids their text; by default that of "
+            "the model that was traced, if it is on this machine.",
+        ),
+    ] = None,
     n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores.")] = None,
     force: Force = False,
     disable_structured_output: Annotated[
@@ -1143,7 +1152,7 @@ def trace_analyze(
                 ),
             )
         with _console.status("Comparing layers …"):
-            analysis = analyze_trace(sums)
+            analysis = analyze_trace(sums, _texts(sums, tokenizer))
         try:
             written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
         except OSError as error:
@@ -1152,6 +1161,25 @@ def trace_analyze(
     for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
         typer.echo(sentence)
     typer.echo(f"Wrote {' and '.join(map(str, written))}")
+
+
+def _texts(sums: "TraceSums", named: str | None) -> dict[int, str]:
+    """Text of the frequent token ids, by the tokenizer that is named or that of the traced model; none without one."""
+    _prepare_engine()
+
+    from moescope.adapters.encoding import token_texts
+    from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer
+
+    model = named or sums.about.model.id
+    try:
+        opened = open_tokenizer(model, local=named is None)
+        check_vocabulary(opened, sums.frequent, model)
+    except ModelError as error:
+        if named is not None:
+            raise ModelError(f"--tokenizer {error}") from error
+        return {}
+    ids = sums.frequent.tolist()
+    return dict(zip(ids, token_texts(opened, ids), strict=True))
 
 
 def _traced(counts: Mapping[str, Any]) -> str:

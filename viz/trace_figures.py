@@ -92,7 +92,7 @@ def held_by_length(found: Repetition, subject: str = "") -> go.Figure:
         ("chance", _shown(finite_mean(found.held_chance[there], 1)), *CHANCE),
     )
     figure.update_xaxes(type="category")
-    figure.update_yaxes(type="log", exponentformat="none")
+    figure.update_yaxes(type="log", exponentformat="none", dtick=1)
     return draw_lines(figure, lengths, lines, "%{x} in a row: %{y:.2%}")
 
 
@@ -251,8 +251,8 @@ def settling_lines(found: Settling, subject: str = "") -> go.Figure:
         ),
     )
     for lines in views:
-        draw_lines(figure, found.tokens, lines, "%{x:,} tokens: %{y:.4~g}")
-    figure.update_xaxes(type="log", exponentformat="SI")
+        draw_lines(figure, [f"{tokens:,}" for tokens in found.tokens], lines, "%{x} tokens: %{y:.4~g}")
+    figure.update_xaxes(type="category")
     figure.update_yaxes(rangemode="tozero")
     theme.add_view_buttons(
         figure, ["Shares", "Correlation of layers", "Unused experts"], traces_each=2, y_titles=titles

@@ -92,7 +92,7 @@ def _sections(analysis: TraceAnalysis) -> list[tuple[str, str, str]]:
             "Variance explained: how much of which experts a token has in the layer of a column follows from those in "
             "the layer of a row, whatever the experts are called; 1 is all, 0 is chance. Mutual information: of one "
             "expert drawn from each, as a share of what it could be. Same index: experts with the same index in both, "
-            "beyond chance; stripes are layers that repeat. What layers share because both follow the token's id counts, too.",
+            "beyond chance; stripes are layers that repeat. What both owe to the token's id is agreement, too.",
         ),
         (
             "agreement-distance",

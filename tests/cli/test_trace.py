@@ -170,9 +170,53 @@ def test_text_that_looks_like_a_formula_is_harmless_in_csv(cli: Cli, trace: Path
     assert ",'=1+1," in Path("a.csv").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["info", "head", "verify", "export"])
+def test_analyze(cli: Cli, trace: Path) -> None:
+    done = cli("trace", "analyze", "t", "-o", "new/a")
+    assert done.code == 0, done.err
+    assert "60 tokens of 10 requests, 3 MoE layers\nA token keeps " in done.out
+    assert done.out.endswith("Wrote new/a/trace.html and new/a/trace.json\n")
+    data = json.loads(Path("new/a/trace.json").read_text(encoding="utf-8"))
+    assert data["metadata"]["tokens"] == 60
+    again = cli("trace", "analyze", "t", "-o", "new/a")
+    assert again.code == 2
+    assert "new/a exists and is not empty" in again.error
+    done = cli("trace", "analyze", "t", "-o", "new/a", "--force", "--requests", "3-5,8", "--disable-structured-output")
+    assert "24 tokens of 4 requests" in done.out
+    assert "Requests were chosen by number" in done.out
+    assert not Path("new/a/trace.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "t"], "--output-dir t is the trace itself; choose another folder"),
+        (["-o", "out", "--requests", "3,77"], "request 77 is not in the trace t"),
+        (["-o", "out", "--requests", "3-x"], "--requests '3-x' must be requests and ranges of them, e.g. 3-10,20"),
+        (["-o", "out", "--tokenizer", "none/such"], "--tokenizer none/such has no tokenizer that can be read"),
+        (["-o", "out", "--vocabulary", "0"], "--vocabulary"),
+        (["-o", "out", "--pair-tokens", "0"], "--pair-tokens"),
+    ],
+)
+def test_what_cannot_be_analysed_is_one_line(cli: Cli, trace: Path, arguments: list[str], message: str) -> None:
+    done = cli("trace", "analyze", "t", *arguments)
+    assert done.code == 2
+    assert message in done.error
+    assert not Path("out").exists()
+    assert Trace(trace).tokens == 60
+
+
+def test_tokens_have_the_text_of_the_model_that_was_traced(cli: Cli) -> None:
+    shared = ("--max-tokens", 2, "--disable-structured-output", "--no-analyze-weights", "--no-analyze-correlation")
+    assert cli("profile", "one two three", "-m", "demo:stacked", "-o", "out", "--trace", "auto", *shared).code == 0
+    done = cli("trace", "analyze", "out/trace", "-o", "a")
+    assert done.code == 0, done.err
+    texts = json.loads(Path("a/trace.json").read_text(encoding="utf-8"))["vocabulary"]["texts"]
+    assert "one" in "".join(texts)
+
+
+@pytest.mark.parametrize("command", ["info", "head", "verify", "export", "analyze"])
 def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, command: str) -> None:
-    more = ["--format", "csv", "-o", "a.csv"] if command == "export" else []
+    more = {"export": ["--format", "csv", "-o", "a.csv"], "analyze": ["-o", "out"]}.get(command, [])
     (tmp_path / "empty").mkdir()
     for name, message in (("none", "No such folder: none"), ("empty", "holds no trace.json, so it is not a trace")):
         done = cli("trace", command, name, *more)
