@@ -29,6 +29,8 @@ LEAST_WINDOW: Final = 32
 
 #: Rows counted at a time: of one layer, they fit into a core's cache.
 _BLOCK: Final = 1 << 14
+#: Anchors compared at a time: of all layers, they do.
+_COMPARED: Final = 512
 #: Rows that are kept of requests that go on in the next shard, all together.
 _MOST_HISTORY: Final = 1 << 16
 #: Rows turned from tokens first to layers first at a time.
@@ -254,6 +256,7 @@ class _Reading:
         self.most = max(layer.top_k for layer in self.layers)
         #: (L, K) which places hold an expert: a layer may choose fewer than others
         self.chosen = np.arange(self.most) < np.array([layer.top_k for layer in self.layers])[:, None]
+        self.all_chosen = bool(self.chosen.all())
         self.wanted = None if requests is None else np.unique(np.asarray(requests, np.int64))
         self.rng = np.random.default_rng(seed)
         self._scan(vocabulary)
@@ -488,7 +491,9 @@ class _Reading:
             sums.kept[slot] += _kept(ids[slot, : layer.top_k], follows)
         if in_hand.top is not None:
             self._tops(sums, in_hand, places[new], places[valid])
-        self._anchored(sums, in_hand, places[new][anchors[start:stop][new]], others)
+        chosen = places[new][anchors[start:stop][new]]
+        for first in range(0, len(chosen), _COMPARED):
+            self._anchored(sums, in_hand, chosen[first : first + _COMPARED], others)
 
     def _check(self, own: NDArray[np.unsignedinteger[Any]]) -> None:
         for slot, layer in enumerate(self.layers):
@@ -522,8 +527,6 @@ class _Reading:
     ) -> None:
         """Compare anchors with tokens before them, and with a random one of their request."""
         sums.totals[1] += len(anchors)
-        if not len(anchors):
-            return
         own = _layers_first(in_hand.experts(anchors))
         held = np.broadcast_to(self.chosen[:, :, None], own.shape).copy()
         reaches = np.ones(len(anchors), np.bool_)
@@ -557,9 +560,12 @@ class _Reading:
     ) -> NDArray[np.bool_]:
         """(L, K, n) whether each expert of a token is one of the other's too, where there is another."""
         theirs = _layers_first(in_hand.experts(np.where(there, others, 0)))
-        same = np.zeros(own.shape, np.bool_)
+        same, equal = np.zeros(own.shape, np.bool_), np.empty(own.shape, np.bool_)
         for choice in range(self.most):
-            same |= (own == theirs[:, choice, None]) & self.chosen[:, choice, None, None]
+            np.equal(own, theirs[:, choice, None], out=equal)
+            if not self.all_chosen:
+                equal &= self.chosen[:, choice, None, None]
+            same |= equal
         same &= self.chosen[:, :, None] & there
         return same
 
