@@ -1135,7 +1135,7 @@ def trace_analyze(
     from moescope.viz.trace_findings import trace_findings, trace_notes
     from moescope.viz.trace_report import write_trace_analysis
 
-    found, chosen = Trace(folder), _numbers("--requests", requests)
+    found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or cores()
     path = output_dir or _new_folder("moescope_trace")
     if path.exists() and path.samefile(folder):
         raise OptionError(f"--output-dir {path} is the trace itself; choose another folder")
@@ -1146,13 +1146,13 @@ def trace_analyze(
                 requests=chosen,
                 vocabulary=vocabulary,
                 pair_tokens=pair_tokens,
-                n_jobs=n_jobs or cores(),
+                n_jobs=jobs,
                 on_progress=lambda done, total: show(
                     "Reading tokens", f"{done:,}/{total:,} tokens", completed=done, total=total
                 ),
             )
         with _console.status("Comparing layers …"):
-            analysis = analyze_trace(sums, _texts(sums, tokenizer))
+            analysis = analyze_trace(sums, _texts(sums, tokenizer), jobs)
         try:
             written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
         except OSError as error:

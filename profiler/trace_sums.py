@@ -491,9 +491,9 @@ class _Reading:
             sums.kept[slot] += _kept(ids[slot, : layer.top_k], follows)
         if in_hand.top is not None:
             self._tops(sums, in_hand, places[new], places[valid])
-        chosen = places[new][anchors[start:stop][new]]
-        for first in range(0, len(chosen), _COMPARED):
-            self._anchored(sums, in_hand, chosen[first : first + _COMPARED], others)
+        anchored = places[new][anchors[start:stop][new]]
+        for first in range(0, len(anchored), _COMPARED):
+            self._anchored(sums, in_hand, anchored[first : first + _COMPARED], others)
 
     def _check(self, own: NDArray[np.unsignedinteger[Any]]) -> None:
         for slot, layer in enumerate(self.layers):

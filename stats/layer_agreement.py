@@ -1,17 +1,21 @@
 """How much does a token's set of experts in one layer tell of its set in another?"""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.layout import check_ascending
-from moescope.stats.token_sets import LN2
+from moescope.stats.token_sets import LN2, entropy_bits
 
 SINGULAR = 1e-9
 """A direction of an expert set's covariance below this fraction of the largest has no spread."""
+
+PAIR_FIELDS = ("explained", "explained_chance", "information", "bias", "ceiling", "overlap", "overlap_chance")
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
@@ -59,7 +63,9 @@ class LayerAgreement:
         return share
 
 
-def layer_agreement(chosen: Ids, top_k: Sequence[int], experts: Sequence[int], layers: Sequence[int]) -> LayerAgreement:
+def layer_agreement(
+    chosen: Ids, top_k: Sequence[int], experts: Sequence[int], layers: Sequence[int], n_jobs: int = 1
+) -> LayerAgreement:
     """Agreement of all pairs of layers, from the tokens that chose both of two experts.
 
     Explained: with x and y the indicators of a token's experts in the two layers, tr(Syx Sxx⁺ Sxy) / tr(Syy), the mean
@@ -81,6 +87,7 @@ def layer_agreement(chosen: Ids, top_k: Sequence[int], experts: Sequence[int], l
         top_k: (L,) experts that a token selects.
         experts: (L,) routed experts.
         layers: (L,) true model indices, ascending.
+        n_jobs: threads.
 
     Returns:
         NaN where a layer has nothing that varies, or there are too few tokens.
@@ -92,57 +99,97 @@ def layer_agreement(chosen: Ids, top_k: Sequence[int], experts: Sequence[int], l
         raise ValueError(f"got ids of shape {chosen.shape} for {len(layers)} layers")
     check_ascending(layers)
     tokens, depth = len(chosen), len(layers)
-    own = [np.ascontiguousarray(chosen[:, slot, :k].T).astype(np.int32) for slot, k in enumerate(top_k)]
-    counts = [np.bincount(ids.reshape(-1), minlength=width) for ids, width in zip(own, experts, strict=True)]
-    names = ("explained", "explained_chance", "information", "bias", "ceiling", "overlap", "overlap_chance")
-    found = {name: np.full((depth, depth), np.nan) for name in names}
-    if tokens > 1:
-        share = [count / tokens for count in counts]
-        spread = [float((p * (1 - p)).sum()) for p in share]
-        whitening = [
-            _whitening(_together(ids, ids, width, width) / tokens, p)
-            for ids, width, p in zip(own, experts, share, strict=True)
-        ]
-        used = [int((count > 0).sum()) for count in counts]
-        entropy = [_drawn_entropy(p, k) for p, k in zip(share, top_k, strict=True)]
-        for i in range(depth):
-            for j in range(i + 1, depth):
-                both = _together(own[i], own[j], experts[i], experts[j]) / tokens
-                beyond = both - np.outer(share[i], share[j])
-                for a, b, table in ((i, j, beyond), (j, i, beyond.T)):
-                    rank = whitening[a].shape[1]
-                    if rank and spread[b] > SINGULAR and tokens - 1 > rank:
-                        chance = rank / (tokens - 1)
-                        raw = float(np.square(whitening[a].T @ table).sum()) / spread[b]
-                        found["explained"][a, b] = 1 - (1 - raw) / (1 - chance)
-                        found["explained_chance"][a, b] = chance
-                product = top_k[i] * top_k[j]
-                bias = (used[i] - top_k[i]) * (used[j] - top_k[j]) / (2 * product * (tokens - 1) * LN2)
-                values = {
-                    "information": _information(both / product, share[i] / top_k[i], share[j] / top_k[j]) - bias,
-                    "bias": bias,
-                    "ceiling": min(entropy[i], entropy[j]),
-                }
-                if experts[i] == experts[j]:
-                    smaller = min(top_k[i], top_k[j])
-                    values["overlap"] = float(np.trace(both)) / smaller
-                    values["overlap_chance"] = float(share[i] @ share[j]) / smaller
-                for name, value in values.items():
-                    found[name][i, j] = found[name][j, i] = value
+    found = {name: np.full((depth, depth), np.nan) for name in PAIR_FIELDS}
+    own = [_layer(chosen[:, slot], k, width) for slot, (k, width) in enumerate(zip(top_k, experts, strict=True))]
+    pairs = list(combinations(range(depth), 2)) if tokens > 1 else []
+    with ThreadPoolExecutor(n_jobs) as pool:
+        for (i, j), values in zip(pairs, pool.map(lambda pair: _pair(own[pair[0]], own[pair[1]]), pairs), strict=True):
+            for name, (there, back) in values.items():
+                found[name][i, j], found[name][j, i] = there, back
     return LayerAgreement(layers=tuple(int(layer) for layer in layers), tokens=tokens, **found)
 
 
-def _together(one: NDArray[np.int32], two: NDArray[np.int32], width: int, other: int) -> NDArray[np.int64]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """One layer of T tokens.
+
+    Attributes:
+        ids: (k, T) expert ids.
+        width: routed experts, E.
+        share: (E,) share of tokens that chose each.
+        whitening: (E, r) W with W Wᵀ the pseudo-inverse of the covariance of the indicators.
+        spread: variance of all indicators together.
+        free: experts that are used, less k.
+        entropy: of a drawn expert, less log₂ k.
+    """
+
+    ids: Ids
+    width: int
+    share: NDArray[np.float64]
+    whitening: NDArray[np.float64]
+    spread: float
+    free: int
+    entropy: float
+
+
+def _layer(chosen: Ids, k: int, width: int) -> _Layer:
+    ids = np.ascontiguousarray(chosen[:, :k].T)
+    tokens = max(len(chosen), 1)
+    share = np.bincount(ids.reshape(-1), minlength=width) / tokens
+    return _Layer(
+        ids=ids,
+        width=width,
+        share=share,
+        whitening=_whitening(_together(ids, ids, width, width) / tokens - np.outer(share, share)),
+        spread=float((share * (1 - share)).sum()),
+        free=int((share > 0).sum()) - k,
+        entropy=max(float(entropy_bits(share / k)) - float(np.log2(k)), 0.0),
+    )
+
+
+def _pair(one: _Layer, two: _Layer) -> dict[str, tuple[float, float]]:
+    """What the one tells of the two, and the two of the one, by the fields of `LayerAgreement`."""
+    (k, tokens), other_k = one.ids.shape, len(two.ids)
+    both = _together(one.ids, two.ids, one.width, two.width) / tokens
+    beyond = both - np.outer(one.share, two.share)
+    there, back = _explained(one, two, beyond, tokens), _explained(two, one, beyond.T, tokens)
+    bias = one.free * two.free / (2 * k * other_k * (tokens - 1) * LN2)
+    information = _information(both / (k * other_k), one.share / k, two.share / other_k) - bias
+    same = (np.nan, np.nan)
+    if one.width == two.width:
+        same = (float(np.trace(both)) / min(k, other_k), float(one.share @ two.share) / min(k, other_k))
+    return {
+        "explained": (there[0], back[0]),
+        "explained_chance": (there[1], back[1]),
+        "information": (information,) * 2,
+        "bias": (bias,) * 2,
+        "ceiling": (min(one.entropy, two.entropy),) * 2,
+        "overlap": (same[0],) * 2,
+        "overlap_chance": (same[1],) * 2,
+    }
+
+
+def _explained(one: _Layer, two: _Layer, beyond: NDArray[np.float64], tokens: int) -> tuple[float, float]:
+    """Variance of the two that the one explains, less chance, and chance."""
+    rank = one.whitening.shape[1]
+    if not rank or two.spread <= SINGULAR or tokens - 1 <= rank:
+        return np.nan, np.nan
+    chance = rank / (tokens - 1)
+    raw = float(np.square(one.whitening.T @ beyond).sum()) / two.spread
+    return 1 - (1 - raw) / (1 - chance), chance
+
+
+def _together(one: Ids, two: Ids, width: int, other: int) -> NDArray[np.int64]:
     """(E, E') tokens that chose both, from ids (k, T) and (k', T)."""
     count = np.zeros(width * other, np.int64)
-    for ids in one * np.int32(other):
-        count += np.bincount((ids + two).reshape(-1), minlength=width * other)
+    for ids in one:
+        count += np.bincount((ids.astype(np.int32) * other + two).reshape(-1), minlength=width * other)
     return count.reshape(width, other)
 
 
-def _whitening(both: NDArray[np.float64], share: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(E, r) W with W Wᵀ the pseudo-inverse of the covariance of the indicators."""
-    values, vectors = np.linalg.eigh(both - np.outer(share, share))
+def _whitening(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E, r) W with W Wᵀ the pseudo-inverse."""
+    values, vectors = np.linalg.eigh(covariance)
     kept = values > SINGULAR * max(float(values[-1]), SINGULAR)
     whitening: NDArray[np.float64] = vectors[:, kept] / np.sqrt(values[kept])
     return whitening
@@ -152,9 +199,3 @@ def _information(both: NDArray[np.float64], one: NDArray[np.float64], two: NDArr
     """Σ p log₂ p / (q q') of a joint distribution and its margins."""
     where = both > 0
     return float((both[where] * np.log2(both[where] / np.outer(one, two)[where])).sum())
-
-
-def _drawn_entropy(share: NDArray[np.float64], k: int) -> float:
-    """Entropy of a drawn expert less log₂ k, in bits."""
-    p = share[share > 0] / k
-    return max(float(-(p * np.log2(p)).sum()) - float(np.log2(k)), 0.0)

@@ -70,12 +70,13 @@ class TraceAnalysis:
     version: str
 
 
-def analyze_trace(sums: "TraceSums", texts: Mapping[int, str] | None = None) -> TraceAnalysis:
+def analyze_trace(sums: "TraceSums", texts: Mapping[int, str] | None = None, n_jobs: int = 1) -> TraceAnalysis:
     """Compute what the sums of `moescope.sum_trace` say.
 
     Args:
         sums: sums over a trace.
         texts: text of token ids, for those of `sums.frequent` that should be named.
+        n_jobs: threads that compare layers.
     """
     model, run = sums.about.model, sums.about.run
     layers, experts, top_k = model.layer_indices, model.experts, model.top_k
@@ -109,7 +110,7 @@ def analyze_trace(sums: "TraceSums", texts: Mapping[int, str] | None = None) -> 
             top_kept=sums.top_kept,
             top_counts=sums.top_counts,
         ),
-        agreement=layer_agreement(sums.sample, top_k, experts, layers),
+        agreement=layer_agreement(sums.sample, top_k, experts, layers, n_jobs),
         vocabulary=vocabulary_use(
             sums.vocabulary, sums.occurrences, sums.frequent, totals, sums.tokens, top_k, experts, layers
         ),
