@@ -1,6 +1,7 @@
 """What is said and written of a trace's tokens: findings, figures, page, structured data; from real traces."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,18 @@ def test_the_data_are_those_of_the_results(found: TraceAnalysis, tmp_path: Path)
     assert data["time_series"]["request"] == 2
     assert write_trace_analysis(found, tmp_path, structured=False) == [page]
     assert not file.exists()
+
+
+def test_every_key_is_described(found: TraceAnalysis) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "structured-data.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text[text.index("## trace") :]))))
+
+    def keys(tree: Any) -> set[str]:
+        if isinstance(tree, dict):
+            return set(tree).union(*map(keys, tree.values()))
+        return set().union(*map(keys, tree)) if isinstance(tree, list) else set()
+
+    assert keys(trace_data(found)) - described - {"metadata"} == set()
 
 
 def test_a_trace_is_not_written_over(found: TraceAnalysis, tmp_path: Path) -> None:
