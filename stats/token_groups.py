@@ -23,9 +23,9 @@ class TokenGroups:
         entropy: (G, L) -Σ p ln p / ln E of the experts' shares: 1 is even, 0 one expert alone; NaN without tokens or
             with one expert. Few tokens cannot be even.
         from_rest: (G, L) Jensen-Shannon divergence in bits from all other groups.
-        rest_floor: (G, L) the same if groups were dealt at random.
+        rest_floor: (G, L) the same if all tokens were dealt to the groups at random.
         from_before: (G, L) Jensen-Shannon divergence in bits from the group before.
-        before_floor: (G, L) the same if groups were dealt at random.
+        before_floor: (G, L) the same if the tokens of the two were dealt to them at random.
     """
 
     layers: tuple[int, ...]
@@ -62,19 +62,26 @@ def token_groups(
     if counts.ndim != 3 or len(counts) != len(tokens) or counts.shape[1] != len(layers):
         raise ValueError(f"got counts of shape {counts.shape} for {len(tokens)} groups, {len(layers)} layers")
     check_ascending(layers)
-    whole = counts.sum(axis=0)
-    width = np.asarray(experts, np.float64)
-    from_rest = [distances(own, whole - own, experts).jensen_shannon for own in counts]
+    whole, every = counts.sum(axis=0), int(tokens.sum())
+    width, sizes = np.asarray(experts, np.float64), tokens.tolist()
+    missing = [np.full(len(layers), np.nan)] * min(len(sizes), 1)
     from_before = [distances(own, before, experts).jensen_shannon for before, own in pairwise(counts)]
-    before = np.concatenate([[0], tokens[:-1]])[: len(tokens)]
-    missing = np.full((min(len(tokens), 1), len(layers)), np.nan)
+    before_floor = [
+        divergence_floor(counts[group] + counts[group + 1], top_k, sizes[group], sizes[group + 1], experts)
+        for group in range(len(sizes) - 1)
+    ]
+    floors = {size: divergence_floor(whole, top_k, size, every - size, experts) for size in set(sizes)}
     return TokenGroups(
         layers=tuple(int(layer) for layer in layers),
         starts=starts,
         tokens=tokens,
         entropy=entropy_bits(choice_shares(counts, experts)) / np.where(width > 1, np.log2(width), np.nan),
-        from_rest=np.array(from_rest).reshape(-1, len(layers)),
-        rest_floor=divergence_floor(whole, top_k, tokens, tokens.sum() - tokens),
-        from_before=np.concatenate([missing, np.array(from_before).reshape(-1, len(layers))]),
-        before_floor=divergence_floor(whole, top_k, tokens, before),
+        from_rest=_rows([distances(own, whole - own, experts).jensen_shannon for own in counts], len(layers)),
+        rest_floor=_rows([floors[size] for size in sizes], len(layers)),
+        from_before=_rows([*missing, *from_before], len(layers)),
+        before_floor=_rows([*missing, *before_floor], len(layers)),
     )
+
+
+def _rows(rows: Sequence[NDArray[np.float64]], width: int) -> NDArray[np.float64]:
+    return np.array(rows, np.float64).reshape(-1, width)

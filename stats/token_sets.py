@@ -10,10 +10,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import gammaln, rel_entr
 
 from moescope.stats.layout import padding_mask
 
 LN2 = float(np.log(2))
+
+EXACT_UP_TO = 1024
+"""Tokens of a group up to which its floor is exact: then the second order is within a few percent."""
+
+CHUNK_VALUES = 1 << 20
+"""Probabilities held at a time."""
 
 
 def choice_shares(counts: NDArray[np.int64], experts: Sequence[int]) -> NDArray[np.float64]:
@@ -54,26 +61,57 @@ def freedom(counts: NDArray[np.int64], top_k: Sequence[int]) -> NDArray[np.float
 
 
 def divergence_floor(
-    counts: NDArray[np.int64], top_k: Sequence[int], one: NDArray[np.int64], two: NDArray[np.int64]
+    together: NDArray[np.int64], top_k: Sequence[int], one: int, two: int, experts: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Jensen-Shannon divergence that two random groups of tokens have, in bits, to second order.
+    """Jensen-Shannon divergence, in bits, of two groups of tokens if all their tokens were dealt to them at random.
 
-    JS ≈ Σ (p - q)² / (8 p ln 2), and tokens that are independent have Var(p - q) = p (1 - π) (1/n + 1/n') / k, as
-    p = π / k. The floor is (U - k) (1/n + 1/n') / (8 k ln 2). It is
-    too high where n k is not several times U. Tokens of one request are not independent, so a distance has to be
-    several times the floor to mean anything.
+    The divergence is a sum over experts, and of the C tokens that have an expert, n of T random ones get c with the
+    hypergeometric probability, however sets hang together. So its mean is exact: Σ over experts and c of that
+    probability times the expert's term. Groups of more than `EXACT_UP_TO` tokens take its second order,
+    (U - k) (1/n + 1/n') / (8 k ln 2). Tokens of one request are not independent, so a distance has to be several times
+    the floor to mean anything.
 
     Args:
-        counts: (L, E) int64, selections of both together.
+        together: (L, E) int64, selections of both groups together.
         top_k: (L,) experts that a token selects.
-        one: (G,) int64, tokens of the one, n.
-        two: (G,) int64, tokens of the other, n'.
+        one: tokens of the one group, n.
+        two: tokens of the other, n'.
+        experts: (L,) routed experts; columns beyond a layer's number are ignored.
 
     Returns:
-        (G, L) float64; NaN where either has no tokens.
+        (L,) float64; NaN where either has no tokens.
     """
-    with np.errstate(divide="ignore"):
-        spread = 1 / one.astype(np.float64) + 1 / two.astype(np.float64)
-    spread = np.where(np.isfinite(spread), spread, np.nan)
-    floor: NDArray[np.float64] = spread[:, None] * freedom(counts, top_k) / (8 * LN2 * np.asarray(top_k))
-    return floor
+    if one < 1 or two < 1:
+        return np.full(len(together), np.nan)
+    inside = np.where(padding_mask(experts, together.shape[1]), 0, together)
+    k = np.asarray(top_k, np.float64)
+    if min(one, two) > EXACT_UP_TO:
+        floor: NDArray[np.float64] = freedom(inside, top_k) * (1 / one + 1 / two) / (8 * k * LN2)
+        return floor
+    values, place = np.unique(inside, return_inverse=True)
+    terms: NDArray[np.float64] = _expected_terms(values, min(one, two), one + two)[place].reshape(inside.shape)
+    total: NDArray[np.float64] = terms.sum(axis=1) / k
+    return total
+
+
+def _expected_terms(chosen: NDArray[np.int64], drawn: int, tokens: int) -> NDArray[np.float64]:
+    """(n,) mean term, with k = 1, of experts that `chosen` (n,) of the tokens have, if `drawn` are one group."""
+    found = np.zeros(len(chosen))
+    got, rest = np.arange(drawn + 1), tokens - drawn
+    step = max(1, CHUNK_VALUES // len(got))
+    for start in range(0, len(chosen), step):
+        own = chosen[start : start + step, None]
+        left = own - got
+        possible = (left >= 0) & (left <= rest)
+        ways = _log_choose(drawn, got) + _log_choose(rest, np.clip(left, 0, rest)) - _log_choose(tokens, own)
+        chance = np.exp(np.where(possible, ways, -np.inf))
+        p, q = np.broadcast_to(got / drawn, left.shape), np.maximum(left, 0) / rest
+        middle = (p + q) / 2
+        found[start : start + step] = (chance * (rel_entr(p, middle) + rel_entr(q, middle))).sum(axis=1)
+    return found / (2 * LN2)
+
+
+def _log_choose(many: int, few: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Logarithm of the number of ways to choose `few` of `many`."""
+    ways: NDArray[np.float64] = gammaln(many + 1) - gammaln(few + 1) - gammaln(many - few + 1)
+    return ways

@@ -15,6 +15,8 @@ from moescope.viz.trace_figures import most_particular, position_names, token_na
 
 CLEAR = 2.0
 """Times its floor from which a distance is called clear: tokens of a request are not independent."""
+SLIGHT = 0.01
+"""Share of experts beyond chance that is not worth a sentence of its own."""
 SETTLED_FROM = 0.1
 """Share of the tokens at which the sentence on settling looks."""
 
@@ -76,6 +78,8 @@ def _order(found: Repetition) -> str:
     if not all(map(math.isfinite, (kept, within, chance))):
         return ""
     beyond, of_request = kept - within, within - chance
+    if kept - chance < SLIGHT:
+        return "Neighbours share no more than any two tokens do: the order of tokens leaves no trace in the routing."
     shares = {lag: _mean(row) for lag, row in zip(found.lags, found.at_lag, strict=True)}
     measured = {lag: share for lag, share in shares.items() if math.isfinite(share)}
     far = max(measured)
@@ -107,6 +111,11 @@ def _same_index(found: LayerAgreement) -> str:
     if not np.isfinite(beyond).any():
         return ""
     best = int(np.nanargmax(beyond))
+    if beyond[best] < SLIGHT:
+        return (
+            "Token by token, layers share experts of the same index no more than by chance, at any distance (largest "
+            f"excess {_points(float(beyond[best]))}, at Δ = {deltas[best]})."
+        )
     overlap, chance = (
         float(finite_mean(by_distance(matrix, found.layers, deltas[best : best + 1]), 0)[0])
         for matrix in (found.overlap, found.overlap_chance)
@@ -232,9 +241,9 @@ def _percent(share: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:+.1f} points"
+    return f"{round(100 * share, 1) + 0.0:+.1f} points"
 
 
 def _times(value: float, floor: float) -> str:
     """How many times its floor."""
-    return f"{value / floor:.1f} ×" if floor > 0 else "without"
+    return f"{value / floor:.1f} ×" if floor > 0 else "∞ ×" if value > 0 else "1.0 ×"

@@ -258,11 +258,26 @@ def test_the_floor_is_what_random_groups_have() -> None:
         found = token_groups(parts, tokens, starts, [4], [16], [0])
         draws.append(np.stack([found.from_rest[:, 0], np.nan_to_num(found.from_before[:, 0])]))
     mean = np.mean(draws, axis=0)
-    # sets dealt by popularity vary a little less than independent ones do
-    np.testing.assert_allclose(mean[0], found.rest_floor[:, 0], rtol=0.15)
-    np.testing.assert_allclose(mean[1, 1:], found.before_floor[1:, 0], rtol=0.15)
+    np.testing.assert_allclose(mean[0], found.rest_floor[:, 0], rtol=0.1)
+    np.testing.assert_allclose(mean[1, 1:], found.before_floor[1:, 0], rtol=0.1)
     assert np.isnan(found.from_before[0]).all()
     assert np.isnan(found.before_floor[0]).all()
+
+
+def test_the_floor_is_the_mean_over_all_ways_to_deal_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = deal(np.random.default_rng(15), 7, 5, 2)[:, None]
+    together = tally(chosen, 5)
+    found = []
+    for group in itertools.combinations(range(7), 3):
+        own = tally(chosen[list(group)], 5)
+        found.append(token_groups(np.stack([own, together - own]), np.array([3, 4]), np.arange(2), [2], [5], [0]))
+    exact = divergence_floor(together, [2], 3, 4, [5])
+    np.testing.assert_allclose(exact, np.mean([groups.from_rest[0] for groups in found], axis=0))
+    np.testing.assert_allclose(exact, divergence_floor(together, [2], 4, 3, [5]))
+    many = tally(deal(np.random.default_rng(16), 4000, 20, 4)[:, None], 20)
+    exact = divergence_floor(many, [4], 1000, 3000, [20])
+    monkeypatch.setattr("moescope.stats.token_sets.EXACT_UP_TO", 10)
+    np.testing.assert_allclose(divergence_floor(many, [4], 1000, 3000, [20]), exact, rtol=0.02)
 
 
 def test_a_group_that_is_routed_otherwise_stands_out() -> None:
@@ -292,5 +307,5 @@ def test_few_and_no_tokens_are_nan_and_not_errors() -> None:
     one = settling(empty[:1] + 1, np.array([4]), np.array([1]), [1], [4], [0])
     assert np.isnan(one.correlation).all()
     assert (one.distance == 0).all()
-    assert np.isnan(divergence_floor(empty[0], [1], np.array([0]), np.array([3]))).all()
+    assert np.isnan(divergence_floor(empty[0], [1], 0, 3, [4])).all()
     assert np.isnan(entropy_bits(np.array([np.nan, 0.5])))

@@ -95,7 +95,7 @@ def test_what_was_planted_is_found(found: TraceAnalysis) -> None:
     assert found.vocabulary.decided[1] > 0.99
     assert found.vocabulary.decided[[0, 2, 3]].max() < 0.1
     assert {one.layer for one in found.vocabulary.specific[:8]} == {1}
-    late = found.time.from_before[:, 2] / found.time.before_floor[:, 2]
+    late = found.time.from_before[:, 2] - found.time.before_floor[:, 2]
     assert set(np.argsort(-np.nan_to_num(late))[:2].tolist()) == {12, 13}  # the change is half way in the first of them
 
 
