@@ -1113,7 +1113,9 @@ def trace_analyze(
             "the model that was traced, if it is on this machine.",
         ),
     ] = None,
-    n_jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores.")] = None,
+    n_jobs: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores, 4 at most: each takes memory.")
+    ] = None,
     force: Force = False,
     disable_structured_output: Annotated[
         bool, typer.Option("--disable-structured-output", help="Leave out trace.json.")
@@ -1135,7 +1137,7 @@ def trace_analyze(
     from moescope.viz.trace_findings import trace_findings, trace_notes
     from moescope.viz.trace_report import write_trace_analysis
 
-    found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or cores()
+    found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or min(cores(), 4)
     path = output_dir or _new_folder("moescope_trace")
     if path.exists() and path.samefile(folder):
         raise OptionError(f"--output-dir {path} is the trace itself; choose another folder")

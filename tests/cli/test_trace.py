@@ -190,7 +190,7 @@ def test_analyze(cli: Cli, trace: Path) -> None:
     ("arguments", "message"),
     [
         (["-o", "t"], "--output-dir t is the trace itself; choose another folder"),
-        (["-o", "out", "--requests", "3,77"], "request 77 is not in the trace t"),
+        (["-o", "out", "--requests", "77"], "none of the requests asked for is in the trace t"),
         (["-o", "out", "--requests", "3-x"], "--requests '3-x' must be requests and ranges of them, e.g. 3-10,20"),
         (["-o", "out", "--tokenizer", "none/such"], "--tokenizer none/such has no tokenizer that can be read"),
         (["-o", "out", "--vocabulary", "0"], "--vocabulary"),
