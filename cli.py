@@ -1100,7 +1100,7 @@ def trace_analyze(
     output_dir: OutputDir = None,
     requests: Annotated[str | None, typer.Option(help="Requests to analyse, e.g. 0-99,200; by default all.")] = None,
     vocabulary: Annotated[
-        int, typer.Option(min=2, max=100_000, help="Most frequent token ids whose experts are looked at.")
+        int, typer.Option(min=2, max=2048, help="Most frequent token ids whose experts are looked at.")
     ] = 256,
     pair_tokens: Annotated[
         int, typer.Option(min=2, max=_MOST, help="Tokens, spread evenly, that pairs of layers are compared on.")

@@ -428,9 +428,10 @@ class _Reading:
         owners, counts = np.unique(in_hand.rows.request, return_counts=True)
         self.left[np.searchsorted(self.numbers, owners)] -= counts
         goes_on = self.left[np.searchsorted(self.numbers, in_hand.request)] > 0
-        last = np.arange(len(in_hand.order))
-        keep = max(1, min(LAGS[-1], _MOST_HISTORY // max(int((goes_on & (last == in_hand.begin)).sum()), 1)))
-        places = np.flatnonzero(goes_on & (last >= in_hand.end - keep))
+        place = np.arange(len(in_hand.order))
+        open_requests = np.count_nonzero(goes_on & (place == in_hand.begin))
+        keep = max(1, min(LAGS[-1], _MOST_HISTORY // max(open_requests, 1)))
+        places = np.flatnonzero(goes_on & (place >= in_hand.end - keep))
         return _History(
             in_hand.request[places],
             in_hand.position[places].astype(np.uint32),

@@ -99,7 +99,7 @@ def _next_layer(found: LayerAgreement) -> str:
     best = np.unravel_index(int(np.nanargmax(found.explained)), found.explained.shape)
     return (
         f"A token's experts in one MoE layer explain {_percent(_mean(after))} of the variance of those in the next "
-        f"(mean of {np.isfinite(after).sum()} pairs; by chance {_percent(chance)}, already taken off). Most is told by "
+        f"(mean of {np.isfinite(after).sum()} pairs; by chance {chance:.2%}, already taken off). Most is told by "
         f"layer {found.layers[best[0]]} of layer {found.layers[best[1]]}: {_percent(float(found.explained[best]))}."
     )
 
