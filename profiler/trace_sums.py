@@ -429,7 +429,7 @@ class _Reading:
         self.left[np.searchsorted(self.numbers, owners)] -= counts
         goes_on = self.left[np.searchsorted(self.numbers, in_hand.request)] > 0
         place = np.arange(len(in_hand.order))
-        open_requests = np.count_nonzero(goes_on & (place == in_hand.begin))
+        open_requests = int(np.count_nonzero(goes_on & (place == in_hand.begin)))
         keep = max(1, min(LAGS[-1], _MOST_HISTORY // max(open_requests, 1)))
         places = np.flatnonzero(goes_on & (place >= in_hand.end - keep))
         return _History(
