@@ -23,10 +23,13 @@ from moescope import __version__
 from moescope.profiler.errors import ModelError, MoescopeError, OptionError, OutputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moescope.profiler.profile import ModelInfo, RoutingProfile
     from moescope.profiler.run import Progress as RunProgress
     from moescope.profiler.sidecars import RouterTables, TokenSample
-    from moescope.profiler.trace_excerpt import TraceExcerpt
+    from moescope.profiler.trace_sums import TraceSums
     from moescope.profiler.weight_files import WeightRecord
     from moescope.profiler.weight_pass import PassProgress
     from moescope.stats.similarity import RouterSimilarity
@@ -865,7 +868,7 @@ def weights(
     from moescope.adapters.weighing import weigh
     from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
 
-    asked, chosen = _intervals(delta, "--delta"), _layers(layers)
+    asked, chosen = _intervals(delta, "--delta"), _numbers("--layers", layers)
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
     path = output_dir or _new_folder("moescope_weights")
@@ -1134,13 +1137,83 @@ def trace_view(
     if file.exists() and (not force or not file.is_file()):
         raise OutputError(f"{file} exists; choose another name, or --force to overwrite")
     found = excerpt(Trace(folder), request, tokens)
-    _prepare_engine()
-    opened, remarks = _tokenizer(found, tokenizer)
+    opened, remarks = _tokenizer(found.about.model.id, found.rows.token, tokenizer)
     for remark in remarks:
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
     write_trace_view(view, file)
     typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} request(s)")
+
+
+@traces.command("analyze")
+def trace_analyze(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trace.")],
+    output_dir: OutputDir = None,
+    requests: Annotated[str | None, typer.Option(help="Requests to analyse, e.g. 0-99,200; by default all.")] = None,
+    vocabulary: Annotated[
+        int, typer.Option(min=2, max=2048, help="Most frequent token ids whose experts are looked at.")
+    ] = 256,
+    pair_tokens: Annotated[
+        int, typer.Option(min=2, max=_MOST, help="Tokens, spread evenly, that pairs of layers are compared on.")
+    ] = 50_000,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder of a checkpoint, or hub id, whose tokenizer gives token ids their text; by default that of "
+            "the model that was traced, if it is on this machine.",
+        ),
+    ] = None,
+    n_jobs: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores, 4 at most: each takes memory.")
+    ] = None,
+    force: Force = False,
+    disable_structured_output: Annotated[
+        bool, typer.Option("--disable-structured-output", help="Leave out trace.json.")
+    ] = False,
+) -> None:
+    r"""Say what the tokens of a trace tell: repetition, layers that agree, token ids, positions, beside chance.
+
+    \b
+    Example:
+      moescope trace analyze results/trace -o results/tokens
+    """
+    _one_thread_a_product()
+
+    from moescope.profiler.files import OutputFolder
+    from moescope.profiler.trace import Trace
+    from moescope.profiler.trace_sums import sum_trace
+    from moescope.profiler.weight_pass import cores
+    from moescope.viz.trace_analysis import analyze_trace
+    from moescope.viz.trace_findings import trace_findings, trace_notes
+    from moescope.viz.trace_report import write_trace_analysis
+
+    found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or min(cores(), 4)
+    path = output_dir or _new_folder("moescope_trace")
+    if path.exists() and path.samefile(folder):
+        raise OptionError(f"--output-dir {path} is the trace itself; choose another folder")
+    with OutputFolder(path, force=force):
+        with _bar("Reading tokens") as show:
+            sums = sum_trace(
+                found,
+                requests=chosen,
+                vocabulary=vocabulary,
+                pair_tokens=pair_tokens,
+                n_jobs=jobs,
+                on_progress=lambda done, total: show(
+                    "Reading tokens", f"{done:,}/{total:,} tokens", completed=done, total=total
+                ),
+            )
+        with _console.status("Comparing layers …"):
+            analysis = analyze_trace(sums, _texts(sums, tokenizer), jobs)
+        try:
+            written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
+        except OSError as error:
+            raise OutputError(f"cannot write the page into {path}: {error.strerror or error}") from error
+    typer.echo(f"{analysis.tokens:,} tokens of {analysis.requests:,} requests, {len(analysis.layers)} MoE layers")
+    for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
+        typer.echo(sentence)
+    typer.echo(f"Wrote {' and '.join(map(str, written))}")
 
 
 def _view_beside(folder: Path, path: Path) -> None:
@@ -1154,17 +1227,29 @@ def _view_beside(folder: Path, path: Path) -> None:
     trace = Trace(folder)
     if trace.tokens:
         found = excerpt(trace, None, TOKENS)
-        write_trace_view(excerpt_view(found, *_tokenizer(found, None)), path / TRACE_VIEW_NAME)
+        opened, remarks = _tokenizer(found.about.model.id, found.rows.token, None)
+        write_trace_view(excerpt_view(found, opened, remarks), path / TRACE_VIEW_NAME)
 
 
-def _tokenizer(found: "TraceExcerpt", named: str | None) -> tuple[Any, list[str]]:
+def _texts(sums: "TraceSums", named: str | None) -> dict[int, str]:
+    """Text of the frequent token ids, by the tokenizer that is named or that of the traced model; none without one."""
+    from moescope.adapters.encoding import token_texts
+
+    opened, _ = _tokenizer(sums.about.model.id, sums.frequent, named)
+    ids = sums.frequent.tolist()
+    return {} if opened is None else dict(zip(ids, token_texts(opened, ids), strict=True))
+
+
+def _tokenizer(traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | None) -> tuple[Any, list[str]]:
     """The tokenizer of the model that is named or was traced; without a name, None and the reason where it fails."""
+    _prepare_engine()
+
     from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer
 
-    model = named or found.about.model.id
+    model = named or traced
     try:
         opened = open_tokenizer(model, local=named is None)
-        check_vocabulary(opened, found.rows.token, model)
+        check_vocabulary(opened, token_ids, model)
     except ModelError as error:
         if named is not None:
             raise ModelError(f"--tokenizer {error}") from error
@@ -1367,15 +1452,15 @@ def _intervals(text: str | None, option: str = "--periodic-intervals") -> tuple[
     return tuple(dict.fromkeys(values))
 
 
-def _layers(text: str | None) -> list[int] | None:
-    """Layers out of `3-10,20`."""
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """Numbers out of `3-10,20`."""
     if text is None:
         return None
     runs = [re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII) for part in text.split(",")]
     found = [range(int(run[1]), int(run[2] or run[1]) + 1) for run in runs if run is not None]
     if len(found) < len(runs) or not all(found):
-        raise OptionError(f"--layers {text!r} must be layers and ranges of them, e.g. 3-10,20")
-    return sorted({layer for run in found for layer in run})
+        raise OptionError(f"{option} {text!r} must be {option[2:]} and ranges of them, e.g. 3-10,20")
+    return sorted({number for run in found for number in run})
 
 
 def _labels(text: str | None, count: int) -> list[str] | None:

@@ -529,19 +529,31 @@ class Trace:
                 rows = self.read_shard(shard, 0, stop)
                 found.append(rows.take(np.isin(rows.request, inside)))
                 continue
-            where = np.flatnonzero(np.isin(self._owners(shard)[:stop], inside))
+            where = np.flatnonzero(np.isin(self.column(shard, "request")[:stop], inside))
             breaks = np.flatnonzero(np.diff(where) > _SKIPPED_ROWS) + 1
             for run in np.split(where, breaks) if len(where) else ():
                 first_row = int(run[0])
                 found.append(self.read_shard(shard, first_row, int(run[-1]) + 1, check=False).take(run - first_row))
         return TraceRows.concatenate(found)
 
-    def _owners(self, shard: Shard) -> NDArray[np.uint32]:
-        """The column `request`, which comes first in a shard."""
-        owners = np.empty(shard.rows, "<u4")
+    def column(self, shard: Shard, name: str) -> NDArray[Any]:
+        """One column of a shard, for all its rows, without reading the others; the checksum is not looked at.
+
+        Args:
+            shard: One of the index.
+            name: A tensor of the format, e.g. "token".
+
+        Raises:
+            TraceError: The shard is missing, or not what the index says.
+        """
         with self._opened(shard) as (file, offset):
-            _pread(file, owners.view(np.uint8), offset)
-        return owners
+            for other, (dtype, shape) in self.about.columns.items():
+                size = dtype.itemsize * int(np.prod(shape))
+                if other == name:
+                    read = _pread(file, np.empty(shard.rows * size, np.uint8), offset)
+                    return read.view(dtype.newbyteorder("<")).reshape(shard.rows, *shape)
+                offset += shard.rows * size
+        raise KeyError(name)
 
     def _memory(self) -> NDArray[np.uint8]:
         return np.empty(max((shard.bytes for shard in self.index.shards), default=0), np.uint8)

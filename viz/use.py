@@ -9,6 +9,7 @@ from moescope.stats.placement import HeldOutPlacement
 from moescope.stats.specialisation import ALPHA, Specialisation
 from moescope.stats.use import ExpertUse, PhaseContrast
 from moescope.viz import theme
+from moescope.viz.lines import lines_by_layer
 
 
 def effective_by_layer(use: ExpertUse, subject: str = "") -> go.Figure:
@@ -82,7 +83,7 @@ def phases_by_layer(found: PhaseContrast, subject: str = "") -> go.Figure:
         ("measured", found.between.jensen_shannon, theme.STRONG_COLOUR, None),
         ("independent selections", found.floor, theme.FAINT_INK, "dash"),
     )
-    return _lines(figure, found.layers, lines, "%{y:.5f} bits")
+    return lines_by_layer(figure, found.layers, lines, "%{y:.5f} bits")
 
 
 def placement_by_layer(found: HeldOutPlacement, subject: str = "") -> go.Figure:
@@ -100,27 +101,4 @@ def placement_by_layer(found: HeldOutPlacement, subject: str = "") -> go.Figure:
         ("by load", found.greedy, theme.STRONG_COLOUR, None),
         (f"by load, {found.redundant} busiest doubled", found.replicated, theme.LINE_COLOURS[1], None),
     )
-    return _lines(figure, found.layers, lines, "%{y:.3f} × mean")
-
-
-def _lines(
-    figure: go.Figure, layers: Sequence[int], lines: Sequence[tuple[str, object, str, str | None]], hover: str
-) -> go.Figure:
-    """Lines over layers, named in a legend above the plot."""
-    for name, values, colour, dash in lines:
-        figure.add_trace(
-            go.Scatter(
-                x=theme.layer_labels(layers),
-                y=values,
-                name=name,
-                mode="lines+markers",
-                line={"color": colour, "width": 1.6, "dash": dash},
-                marker={"size": 5},
-                hovertemplate=f"layer %{{x}}: {hover}<extra>{name}</extra>",
-            )
-        )
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(rangemode="tozero")
-    legend = {"orientation": "h", "x": 0.0, "xanchor": "left", "y": 1.0, "yanchor": "bottom", "font": {"size": 12}}
-    figure.update_layout(legend=legend, showlegend=True)
-    return figure
+    return lines_by_layer(figure, found.layers, lines, "%{y:.3f} × mean")

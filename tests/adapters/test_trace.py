@@ -103,6 +103,25 @@ def test_each_token_is_there_once_with_the_ids_of_an_independent_forward(
     assert seen == trace.tokens
 
 
+def test_what_is_summed_is_that_of_an_independent_forward(model: Any, tmp_path: Path) -> None:
+    profile(model, tmp_path / "t")
+    trace = Trace(tmp_path / "t")
+    sums = moescope.sum_trace(trace)
+    counts, kept = np.zeros(sums.counts.shape[2:], int), np.zeros(len(sums.kept), int)
+    for number in range(len(PROMPTS)):
+        routing = reference.route(model, trace.requests([number]).token.tolist())
+        for slot, layer in enumerate(sorted(routing.ids)):
+            sets = [set(ids.tolist()) for ids in routing.ids[layer]]
+            for one, before in zip(sets[1:], sets, strict=False):
+                kept[slot] += len(one & before)
+            for expert in routing.ids[layer].ravel():
+                counts[slot, expert] += 1
+    np.testing.assert_array_equal(sums.kept, kept)
+    np.testing.assert_array_equal(sums.counts.sum(axis=(0, 1)), counts)
+    analysis = moescope.analyze_trace(sums)
+    np.testing.assert_allclose(analysis.repetition.kept, kept / (sums.pairs * np.array(analysis.top_k)))
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 def test_a_profile_of_the_trace_is_that_of_the_run(model: Any, tmp_path: Path, max_tokens: int) -> None:
     whole = profile(model, tmp_path / "t", max_tokens=max_tokens, weights=True)

@@ -198,6 +198,22 @@ def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
     assert "Tokens are shown by their ids: tiny has no tokenizer" in page
 
 
+def test_analyze(cli: Cli, trace: Path) -> None:
+    done = cli("trace", "analyze", "t", "-o", "new/a")
+    assert done.code == 0, done.err
+    assert "60 tokens of 10 requests, 3 MoE layers\nA token keeps " in done.out
+    assert done.out.endswith("Wrote new/a/trace.html and new/a/trace.json\n")
+    data = json.loads(Path("new/a/trace.json").read_text(encoding="utf-8"))
+    assert data["metadata"]["tokens"] == 60
+    again = cli("trace", "analyze", "t", "-o", "new/a")
+    assert again.code == 2
+    assert "new/a exists and is not empty" in again.error
+    done = cli("trace", "analyze", "t", "-o", "new/a", "--force", "--requests", "3-5,8", "--disable-structured-output")
+    assert "24 tokens of 4 requests" in done.out
+    assert "Requests were chosen by number" in done.out
+    assert not Path("new/a/trace.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -234,9 +250,37 @@ def test_an_empty_trace_has_no_view(cli: Cli, trace: Path) -> None:
     assert "t holds no tokens of a finished batch" in done.error
 
 
-@pytest.mark.parametrize("command", ["info", "head", "verify", "export", "view"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "t"], "--output-dir t is the trace itself; choose another folder"),
+        (["-o", "out", "--requests", "77"], "none of the requests asked for is in the trace t"),
+        (["-o", "out", "--requests", "3-x"], "--requests '3-x' must be requests and ranges of them, e.g. 3-10,20"),
+        (["-o", "out", "--tokenizer", "none/such"], "--tokenizer none/such has no tokenizer that can be read"),
+        (["-o", "out", "--vocabulary", "0"], "--vocabulary"),
+        (["-o", "out", "--pair-tokens", "0"], "--pair-tokens"),
+    ],
+)
+def test_what_cannot_be_analysed_is_one_line(cli: Cli, trace: Path, arguments: list[str], message: str) -> None:
+    done = cli("trace", "analyze", "t", *arguments)
+    assert done.code == 2
+    assert message in done.error
+    assert not Path("out").exists()
+    assert Trace(trace).tokens == 60
+
+
+def test_tokens_have_the_text_of_the_model_that_was_traced(cli: Cli) -> None:
+    shared = ("--max-tokens", 2, "--disable-structured-output", "--no-analyze-weights", "--no-analyze-correlation")
+    assert cli("profile", "one two three", "-m", "demo:stacked", "-o", "out", "--trace", "auto", *shared).code == 0
+    done = cli("trace", "analyze", "out/trace", "-o", "a")
+    assert done.code == 0, done.err
+    texts = json.loads(Path("a/trace.json").read_text(encoding="utf-8"))["vocabulary"]["texts"]
+    assert "one" in "".join(texts)
+
+
+@pytest.mark.parametrize("command", ["info", "head", "verify", "export", "view", "analyze"])
 def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, command: str) -> None:
-    more = ["--format", "csv", "-o", "a.csv"] if command == "export" else []
+    more = {"export": ["--format", "csv", "-o", "a.csv"], "analyze": ["-o", "out"]}.get(command, [])
     (tmp_path / "empty").mkdir()
     for name, message in (("none", "No such folder: none"), ("empty", "holds no trace.json, so it is not a trace")):
         done = cli("trace", command, name, *more)
@@ -248,6 +292,6 @@ def test_bad_input_is_one_line(cli: Cli, tmp_path: Path, command: str) -> None:
 def test_help_and_a_missing_command(cli: Cli) -> None:
     done = cli("trace", "--help")
     assert done.code == 0
-    assert all(name in done.out for name in ("info", "head", "verify", "export", "view"))
+    assert all(name in done.out for name in ("info", "head", "verify", "export", "view", "analyze"))
     assert "Missing command" in cli("trace").error
     assert "\b" not in cli("trace", "info", "--help").out

@@ -1,0 +1,201 @@
+"""How much does a token's set of experts in one layer tell of its set in another?"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.stats.layout import check_ascending
+from moescope.stats.token_sets import LN2, entropy_bits
+
+SINGULAR = 1e-9
+"""A direction of an expert set's covariance below this fraction of the largest has no spread."""
+
+PAIR_FIELDS = ("explained", "explained_chance", "information", "bias", "ceiling", "overlap", "overlap_chance")
+
+Ids = NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerAgreement:
+    """Every layer against every other, token by token.
+
+    Row i, column j: what layer i tells of layer j. Diagonals are NaN.
+
+    Attributes:
+        layers: (L,) true model indices.
+        tokens: tokens behind the numbers.
+        explained: (L, L) share of the variance of the choices of layer j that a linear function of those of layer i
+            explains, less what chance explains: 0 by chance, 1 where layer i determines layer j, whatever the experts
+            are called.
+        explained_chance: (L, L) what chance explains, already taken off.
+        information: (L, L) mutual information in bits of an expert drawn from the token in layer i and one drawn in
+            layer j, less its bias; symmetric.
+        bias: (L, L) the bias, already taken off.
+        ceiling: (L, L) bits that it cannot exceed.
+        overlap: (L, L) share of a token's experts, of the smaller k, whose index it has in both layers; NaN for layers
+            of different width.
+        overlap_chance: (L, L) the same for two different tokens, one in each layer.
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    explained: NDArray[np.float64]
+    explained_chance: NDArray[np.float64]
+    information: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    ceiling: NDArray[np.float64]
+    overlap: NDArray[np.float64]
+    overlap_chance: NDArray[np.float64]
+
+    @property
+    def informed(self) -> NDArray[np.float64]:
+        """(L, L) information between chance, 0, and its ceiling, 1; NaN where the ceiling is no higher than chance.
+
+        Both lose the bias, as in the adjusted mutual information of N. Vinh, J. Epps, J. Bailey (JMLR 11, 2010).
+        """
+        most = self.ceiling - self.bias
+        share: NDArray[np.float64] = self.information / np.where(most > SINGULAR, most, np.nan)
+        return share
+
+
+def layer_agreement(
+    chosen: Ids, top_k: Sequence[int], experts: Sequence[int], layers: Sequence[int], n_jobs: int = 1
+) -> LayerAgreement:
+    """Agreement of all pairs of layers, from the tokens that chose both of two experts.
+
+    Explained: with x and y the indicators of a token's experts in the two layers, tr(Syx Sxx⁺ Sxy) / tr(Syy), the mean
+    of R² over the experts of layer j, each with the weight of its variance (the redundancy index of D. Stewart and
+    W. Love, Psych. Bulletin 70, 1968). If tokens are paired at random its mean is exactly r / (T - 1), r the rank of
+    Sxx; it is corrected as R² is, 1 - (1 - R²) (T - 1) / (T - 1 - r) (M. Ezekiel, 1930).
+
+    Information: Σ p log₂ p/(q q') of the two drawn experts. Paired at random, Pearson's χ² of sets has the mean
+    T / (T - 1) (U - k) (U' - k'), as Var of a count is T² / (T - 1) π (1 - π) π' (1 - π'); so the bias is
+    (U - k) (U' - k') / (2 k k' (T - 1) ln 2) bits, which for k = 1 is that of Miller and Madow (1955). A drawn expert
+    has at most H - log₂ k bits in common with the set that it came from, hence the ceiling, the smaller of the two
+    (data processing; Cover and Thomas, "Elements of Information Theory", 2.8).
+
+    Tokens are taken as exchangeable: what they have in common because their ids, requests or domains are the same is
+    agreement, too.
+
+    Args:
+        chosen: unsigned (T, L, K), expert ids by token and layer; what is past a layer's own k is ignored.
+        top_k: (L,) experts that a token selects.
+        experts: (L,) routed experts.
+        layers: (L,) true model indices, ascending.
+        n_jobs: threads.
+
+    Returns:
+        NaN where a layer has nothing that varies, or there are too few tokens.
+
+    Raises:
+        ValueError: if shapes disagree or layers do not ascend.
+    """
+    if chosen.ndim != 3 or not chosen.shape[1] == len(top_k) == len(experts) == len(layers):
+        raise ValueError(f"got ids of shape {chosen.shape} for {len(layers)} layers")
+    check_ascending(layers)
+    tokens, depth = len(chosen), len(layers)
+    found = {name: np.full((depth, depth), np.nan) for name in PAIR_FIELDS}
+    own = [_layer(chosen[:, slot], k, width) for slot, (k, width) in enumerate(zip(top_k, experts, strict=True))]
+    pairs = list(combinations(range(depth), 2)) if tokens > 1 else []
+    with ThreadPoolExecutor(n_jobs) as pool:
+        for (i, j), values in zip(pairs, pool.map(lambda pair: _pair(own[pair[0]], own[pair[1]]), pairs), strict=True):
+            for name, (there, back) in values.items():
+                found[name][i, j], found[name][j, i] = there, back
+    return LayerAgreement(layers=tuple(int(layer) for layer in layers), tokens=tokens, **found)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """One layer of T tokens.
+
+    Attributes:
+        ids: (k, T) expert ids.
+        width: routed experts, E.
+        share: (E,) share of tokens that chose each.
+        whitening: (E, r) W with W Wᵀ the pseudo-inverse of the covariance of the indicators.
+        spread: variance of all indicators together.
+        free: experts that are used, less k.
+        entropy: of a drawn expert, less log₂ k.
+    """
+
+    ids: Ids
+    width: int
+    share: NDArray[np.float64]
+    whitening: NDArray[np.float64]
+    spread: float
+    free: int
+    entropy: float
+
+
+def _layer(chosen: Ids, k: int, width: int) -> _Layer:
+    ids = np.ascontiguousarray(chosen[:, :k].T)
+    tokens = max(len(chosen), 1)
+    share = np.bincount(ids.reshape(-1), minlength=width) / tokens
+    return _Layer(
+        ids=ids,
+        width=width,
+        share=share,
+        whitening=_whitening(_together(ids, ids, width, width) / tokens - np.outer(share, share)),
+        spread=float((share * (1 - share)).sum()),
+        free=int((share > 0).sum()) - k,
+        entropy=max(float(entropy_bits(share / k)) - float(np.log2(k)), 0.0),
+    )
+
+
+def _pair(one: _Layer, two: _Layer) -> dict[str, tuple[float, float]]:
+    """What the one tells of the two, and the two of the one, by the fields of `LayerAgreement`."""
+    (k, tokens), other_k = one.ids.shape, len(two.ids)
+    both = _together(one.ids, two.ids, one.width, two.width) / tokens
+    beyond = both - np.outer(one.share, two.share)
+    there, back = _explained(one, two, beyond, tokens), _explained(two, one, beyond.T, tokens)
+    bias = one.free * two.free / (2 * k * other_k * (tokens - 1) * LN2)
+    information = _information(both / (k * other_k), one.share / k, two.share / other_k) - bias
+    same = (np.nan, np.nan)
+    if one.width == two.width:
+        same = (float(np.trace(both)) / min(k, other_k), float(one.share @ two.share) / min(k, other_k))
+    return {
+        "explained": (there[0], back[0]),
+        "explained_chance": (there[1], back[1]),
+        "information": (information,) * 2,
+        "bias": (bias,) * 2,
+        "ceiling": (min(one.entropy, two.entropy),) * 2,
+        "overlap": (same[0],) * 2,
+        "overlap_chance": (same[1],) * 2,
+    }
+
+
+def _explained(one: _Layer, two: _Layer, beyond: NDArray[np.float64], tokens: int) -> tuple[float, float]:
+    """Variance of the two that the one explains, less chance, and chance."""
+    rank = one.whitening.shape[1]
+    if not rank or two.spread <= SINGULAR or tokens - 1 <= rank:
+        return np.nan, np.nan
+    chance = rank / (tokens - 1)
+    raw = float(np.square(one.whitening.T @ beyond).sum()) / two.spread
+    return 1 - (1 - raw) / (1 - chance), chance
+
+
+def _together(one: Ids, two: Ids, width: int, other: int) -> NDArray[np.int64]:
+    """(E, E') tokens that chose both, from ids (k, T) and (k', T)."""
+    count = np.zeros(width * other, np.int64)
+    for ids in one:
+        count += np.bincount((ids.astype(np.int32) * other + two).reshape(-1), minlength=width * other)
+    return count.reshape(width, other)
+
+
+def _whitening(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E, r) W with W Wᵀ the pseudo-inverse."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > SINGULAR * max(float(values[-1]), SINGULAR)
+    whitening: NDArray[np.float64] = vectors[:, kept] / np.sqrt(values[kept])
+    return whitening
+
+
+def _information(both: NDArray[np.float64], one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
+    """Σ p log₂ p / (q q') of a joint distribution and its margins."""
+    where = both > 0
+    return float((both[where] * np.log2(both[where] / np.outer(one, two)[where])).sum())

@@ -1,0 +1,99 @@
+"""How soon does a profile look like that of the whole run?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moescope.stats.comparison import distances
+from moescope.stats.layout import check_ascending, padding_mask
+from moescope.stats.pairwise import pairwise_pearson
+from moescope.stats.token_sets import LN2, choice_shares, freedom
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settling:
+    """The profile after the first C parts of a run, against that of the whole.
+
+    Attributes:
+        layers: (L,) true model indices.
+        tokens: (C,) tokens up to there; the last are all.
+        requests: (C,) requests up to there.
+        distance: (C, L) Jensen-Shannon divergence of the experts' shares from those of the whole, in bits; 0 at the
+            end, by definition.
+        floor: (C, L) the same if the tokens so far were a random part of all.
+        dead: (C,) experts that were not selected yet, over all layers.
+        correlation: (C,) root mean square difference of the correlations between layers from those of the whole; NaN
+            where no two layers can be correlated.
+    """
+
+    layers: tuple[int, ...]
+    tokens: NDArray[np.int64]
+    requests: NDArray[np.int64]
+    distance: NDArray[np.float64]
+    floor: NDArray[np.float64]
+    dead: NDArray[np.int64]
+    correlation: NDArray[np.float64]
+
+
+def settling(
+    counts: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    requests: NDArray[np.int64],
+    top_k: Sequence[int],
+    experts: Sequence[int],
+    layers: Sequence[int],
+) -> Settling:
+    """Add the parts up and hold each sum against the whole.
+
+    The floor: n tokens drawn from N differ from all of them by Var(p) = p (1 - π) (1/n - 1/N) / k (drawing without
+    replacement), so to second order JS ≈ Σ Var / (8 p ln 2) = (U - k) (1/n - 1/N) / (8 k ln 2), with U used experts.
+
+    Args:
+        counts: (C, L, E) int64, selections of each part.
+        tokens: (C,) int64, its tokens; parts without any are left out.
+        requests: (C,) int64, its requests.
+        top_k: (L,) experts that a token selects.
+        experts: (L,) routed experts; columns beyond a layer's number are padding.
+        layers: (L,) true model indices, ascending.
+
+    Raises:
+        ValueError: if shapes disagree or layers do not ascend.
+    """
+    if counts.ndim != 3 or len(counts) != len(tokens) or counts.shape[1] != len(layers):
+        raise ValueError(f"got counts of shape {counts.shape} for {len(tokens)} parts, {len(layers)} layers")
+    check_ascending(layers)
+    there = tokens > 0
+    sums = counts[there].cumsum(axis=0)
+    so_far = tokens[there].cumsum()
+    whole = counts.sum(axis=0)
+    reference = pairwise_pearson(choice_shares(whole, experts), experts)
+    pairs = np.triu_indices(len(layers), k=1)
+    rest = 1 / np.maximum(so_far, 1) - 1 / max(int(tokens.sum()), 1)
+    floor = rest[:, None] * freedom(whole, top_k) / (8 * np.asarray(top_k) * LN2)
+    return Settling(
+        layers=tuple(int(layer) for layer in layers),
+        tokens=so_far,
+        requests=requests[there].cumsum(),
+        distance=_rows([distances(part, whole, experts).jensen_shannon for part in sums], len(layers)),
+        floor=floor,
+        dead=((sums == 0) & ~padding_mask(experts, counts.shape[2])).sum(axis=(1, 2)),
+        correlation=np.array([_difference(part, reference, experts, pairs) for part in sums]),
+    )
+
+
+def _difference(
+    part: NDArray[np.int64],
+    reference: NDArray[np.float64],
+    experts: Sequence[int],
+    pairs: tuple[NDArray[np.intp], NDArray[np.intp]],
+) -> float:
+    """Root mean square difference of the correlations that both have."""
+    differences = (pairwise_pearson(choice_shares(part, experts), experts) - reference)[pairs]
+    finite = differences[np.isfinite(differences)]
+    return float(np.sqrt(np.square(finite).mean())) if finite.size else float("nan")
+
+
+def _rows(rows: Sequence[NDArray[np.float64]], width: int) -> NDArray[np.float64]:
+    return np.array(rows, np.float64).reshape(-1, width)
