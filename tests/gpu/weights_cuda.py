@@ -36,9 +36,9 @@ BLOCK: Final = 128
 #: Read at a time by a thread of plain reading: more than caches hold, as the pass's own memory is.
 PIECE: Final = 1 << 27
 CASES: Final = {
-    "all pairs, matched": PassSettings(pairs=((0, 1), (1, 4))),
-    "all pairs": PassSettings(),
-    "one distance": PassSettings(deltas=(2,)),
+    "all pairs, matched": PassSettings(deltas=(1, 12), pairs=((0, 1), (1, 4))),
+    "all pairs": PassSettings(deltas=(1, 12)),
+    "one distance": PassSettings(deltas=(2,), all_pairs=False),
 }
 
 
