@@ -127,7 +127,7 @@ def difference(first: PassResult, second: PassResult) -> float:
 
     Products of different layers' experts are measured by the squares of their lengths, as in a cosine. What an expert
     that is not finite adds to sums and means before it is found depends on how blocks are cut, so such experts, and for
-    centred sums their layers, are left out.
+    centred sums and means their layers, are left out.
     """
     assert first.state.keys() == second.state.keys()
     faulty = first.state["non_finite"][0].mT  # (3, E, L)
@@ -137,8 +137,8 @@ def difference(first: PassResult, second: PassResult) -> float:
         kept = own.isfinite()
         if not torch.equal(kept, other.isfinite()):
             return float("inf")
-        if name in ("raw", "centred"):
-            sound = ~(faulty if name == "raw" else faulty.any(1, keepdim=True))
+        if name in ("raw", "centred", "means"):
+            sound = ~(faulty if name == "raw" else faulty.any(1, keepdim=name == "centred"))
             kept &= sound[..., :, None] & sound[..., None, :]
         measure = (first.state["within"] if name == "between" else tensor).double()
         if kept.any() and (scale := float(measure[measure.isfinite()].abs().max())):
@@ -164,8 +164,9 @@ def difference_from_float64(folder: Path, result: PassResult, device: str) -> fl
             for expert, own in enumerate(weights):
                 for name, table in (("raw", own.double()), ("centred", own.double() - mean)):
                     exact = _cosine((table @ table.T).cpu())
-                    found = _cosine(result.state[name][place, expert].triu())
-                    worst = max(worst, float((exact - found).triu().abs().max()))
+                    sums = result.state[name][place, expert].triu()
+                    measured = sums != 0  # raw ones of some distances alone
+                    worst = max(worst, float((exact - _cosine(sums))[measured].abs().max()))
     return worst
 
 
