@@ -15,6 +15,9 @@ Task = Callable[[], None]
 #: Weights worked on at a time: on a CPU few enough for the shared cache, and enough that threads seldom wait for one
 #: another between operations; measured on two cores.
 _CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
+#: And of each expert at most: products may be added up one after another, and of 2^17 squares so added float32 keeps no
+#: more than 1e-5.
+_LONGEST: Final = {"cpu": 1 << 14, "cuda": 1 << 13}
 #: Layers of a panel of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL: Final = 16
 #: Gram matrices are worth their while from this many single products a layer squared on, and where they are small, a
@@ -100,7 +103,7 @@ class SameIndexSums:
         known = self._faults.non_finite[0].clone()  # what lanes find in this block must not depend on which is first
         for number, slab in enumerate(parts.values()):
             cells = slab.data.shape[0] * slab.data.shape[1]
-            pieces = slab.pieces(_CHUNK[slab.data.device.type] // cells)
+            pieces = slab.pieces(_at_a_time(slab, cells))
             for lane in range(self._lanes):
                 turn = number * self._lanes + lane
                 yield lambda s=slab, p=pieces[lane :: self._lanes], t=turn: self._add(s, p, t, known)  # type: ignore[misc]
@@ -377,9 +380,15 @@ def mirrored(gram: Tensor) -> Tensor:
     return gram.triu() + gram.triu(1).mT
 
 
+def _at_a_time(slab: Slab, cells: int) -> int:
+    """Weights of each of `cells` experts to work on at a time."""
+    device = slab.data.device.type
+    return min(_CHUNK[device] // cells, _LONGEST[device])
+
+
 def chunk_rows(slab: Slab, cells: int) -> int:
     """Rows of `cells` experts to work on at a time."""
-    return max(1, _CHUNK[slab.data.device.type] // (cells * slab.form.columns))
+    return max(1, _at_a_time(slab, cells) // slab.form.columns)
 
 
 def chunks(slab: Slab, cells: int) -> Iterator[tuple[int, int]]:
