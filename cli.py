@@ -166,9 +166,24 @@ Permutations = Annotated[
     ),
 ]
 Measure = Annotated[MeasureName, typer.Option(help="What correlation and periodic patterns rest on.")]
+
+
+def _folder(text: str) -> Path:
+    """A folder's name; an empty one, of a variable that is not set perhaps, would be the current folder."""
+    if not text:
+        raise OptionError("--output-dir is empty; name a folder, or leave the option out")
+    return Path(text)
+
+
 OutputDir = Annotated[
     Path | None,
-    typer.Option("--output-dir", "-o", help="Folder for the results; by default a new one named by the time."),
+    typer.Option(
+        "--output-dir",
+        "-o",
+        help="Folder for the results; by default a new one named by the time.",
+        parser=_folder,
+        metavar="DIRECTORY",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write into a folder that exists and is not empty.")]
 Jobs = Annotated[
@@ -406,6 +421,7 @@ def profile(
     from moescope.profiler.run import Interrupted
     from moescope.profiler.sidecars import load_sample, save_routers
     from moescope.profiler.trace_writer import TraceOptions
+    from moescope.viz.wording import counted
 
     if dump_only and model is not None and cache_dir is not None:
         _build_cache(model, cache_dir, _cache_dtypes(dtype)[0], force=False)
@@ -463,7 +479,8 @@ def profile(
             tokens = 16 if not prompts else 512 if opened.context is None else min(512, opened.context // 2)
         layers = opened.model.layers
         _console.print(
-            f"{opened.model.architecture}: {len(layers)} MoE layers, {max(opened.model.experts)} experts, "
+            f"{opened.model.architecture}: {counted(len(layers), 'MoE layer')}, "
+            f"{counted(max(opened.model.experts), 'expert')}, "
             f"top-{max(opened.model.top_k)}; {opened.info.name} {opened.info.version} on {opened.info.device}, "
             f"{opened.info.dtype}"
         )
@@ -888,14 +905,14 @@ def weights(
                     resume=resume,
                     on_progress=on_progress,
                 )
+            _report_weights(record, path, n_jobs, structured=not disable_structured_output)
         except KeyboardInterrupt as stop:
             if (path / PARTIAL_WEIGHTS_NAME).exists():
-                _console.print(
-                    f"Interrupted. What was read is kept in {path / PARTIAL_WEIGHTS_NAME}; "
-                    f"go on with the same command and --resume --output-dir {path}"
-                )
+                kept = f"What was read is kept in {path / PARTIAL_WEIGHTS_NAME}"
+                _console.print(f"Interrupted. {kept}; go on with the same command and --resume --output-dir {path}")
+            elif (path / WEIGHTS_NAME).exists():
+                _console.print(f"Interrupted. {_GO_ON_FROM_SUMS}")
             raise typer.Exit(130) from stop
-        _report_weights(record, path, n_jobs, structured=not disable_structured_output)
     typer.echo(f"Wrote {path / WEIGHTS_NAME} and weights.html beside it")
     spoilt = record.spoilt()
     if spoilt:
@@ -918,6 +935,9 @@ def _report_weights(
     return result
 
 
+_GO_ON_FROM_SUMS = "weights.safetensors is complete; `moescope report` goes on from it."
+
+
 def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | WeightChange":
     from moescope.profiler.weight_pass import cores
     from moescope.viz.weight_analysis import analyze_weights
@@ -926,7 +946,7 @@ def _matched(record: "WeightRecord", n_jobs: int | None) -> "WeightSimilarity | 
         with _console.status("Matching experts …"):
             return analyze_weights(record, n_jobs or cores())
     except KeyboardInterrupt as stop:
-        _console.print("Interrupted. weights.safetensors is complete; `moescope report` goes on from it.")
+        _console.print(f"Interrupted. {_GO_ON_FROM_SUMS}")
         raise typer.Exit(130) from stop
 
 
@@ -1297,8 +1317,12 @@ def _build_cache(model: str, cache_dir: Path, dtype: str, *, force: bool) -> str
     if not force and (found := find_cache(model, cache_dir, dtype)) is not None:
         typer.echo(f"{found} is there and complete; --force converts it again")
         return str(found)
-    with _converting() as on_progress:
-        path = build_cache(model, cache_dir, dtype, force=force, on_progress=on_progress)
+    try:
+        with _converting() as on_progress:
+            path = build_cache(model, cache_dir, dtype, force=force, on_progress=on_progress)
+    except KeyboardInterrupt as stop:
+        _console.print("Interrupted. Finished files are kept; the same command goes on with them.")
+        raise typer.Exit(130) from stop
     if path is None:
         typer.echo(f"Nothing to convert: {model} is not FP8; it can be profiled as it is")
         return None
@@ -1401,19 +1425,18 @@ def _print_findings(data: "ReportData") -> None:
 def _print_weights(result: "WeightSimilarity | WeightChange") -> None:
     from moescope.stats.weight_similarity import WeightSimilarity
     from moescope.viz.weight_findings import verdict_in_words, weight_findings
-    from moescope.viz.wording import in_bytes, signed
+    from moescope.viz.wording import counted, in_bytes, signed
 
     read = in_bytes(result.coverage.bytes_read)
-    typer.echo(f"{len(result.layers)} MoE layers, {result.experts} experts, {read} of weights read")
+    layers, experts = counted(len(result.layers), "MoE layer"), counted(result.experts, "expert")
+    typer.echo(f"{layers}, {experts}, {read} of weights read")
     if isinstance(result, WeightSimilarity):
         for raw, centred in zip(result.by_distance, result.centred_by_distance, strict=True):
-            pairs = "pair" if raw.num_pairs == 1 else "pairs"
             found = "no two layers so far apart have experts that can be compared"
             if raw.num_pairs:
                 second = f"{signed(centred.mean)} centred" if centred.num_pairs else "not centred"
-                found = (
-                    f"cosine of the same expert {signed(raw.mean)}, {second}, over {raw.num_pairs} {pairs} of layers"
-                )
+                pairs = counted(raw.num_pairs, "pair")
+                found = f"cosine of the same expert {signed(raw.mean)}, {second}, over {pairs} of layers"
             typer.echo(f"  Δ = {raw.delta:<3} {found}")
     typer.echo(verdict_in_words(result))
     for sentence in weight_findings(result, by_distance=False):
@@ -1456,7 +1479,10 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
     """Numbers out of `3-10,20`."""
     if text is None:
         return None
-    runs = [re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII) for part in text.split(",")]
+    runs = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII) for part in text.split(",")]
+    numbers = [number for run in runs if run is not None for number in run.groups() if number is not None]
+    if long := [number for number in numbers if len(number) > 5]:
+        raise OptionError(f"--layers: no model has a layer {long[0]:.20}; give layers and ranges of them, e.g. 3-10,20")
     found = [range(int(run[1]), int(run[2] or run[1]) + 1) for run in runs if run is not None]
     if len(found) < len(runs) or not all(found):
         raise OptionError(f"{option} {text!r} must be {option[2:]} and ranges of them, e.g. 3-10,20")

@@ -21,7 +21,7 @@ from moescope.profiler.weight_features import PROBES
 from moescope.profiler.weight_pass import match_sides
 
 _PARTIAL_KEY: Final = "moescope_weights_partial"
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _LARGEST_HEADER: Final = 1 << 24
 
 
@@ -86,8 +86,11 @@ class WeightRecord:
     Attributes:
         run: Where they come from.
         non_finite: (S, 3, L, E) bool, experts that are not finite in a part; S checkpoints.
-        raw: (3, E, L, L) float64, inner products of the same expert in two layers, by part; one checkpoint.
-        centred: (3, E, L, L) float64, the same of experts less their layer's mean expert.
+        raw: (3, E, L, L) float64, inner products of the same expert in two layers `run.deltas` apart and of each with
+            itself, by part; one checkpoint. Other cells may be zero.
+        centred: (3, E, L, L) float64, the same of experts less their layer's mean expert; of all pairs if
+            `run.all_pairs`.
+        means: (3, L, L) float64, inner products of the layers' mean experts, of the pairs of `centred`.
         router_cosine: (L, L) float64, cosine of whole routers; NaN where undefined.
         router_norms: (L, E) float64, length of each expert's row.
         router_row_cosine: (L, L) float64, mean over experts of the cosine of their rows.
@@ -102,6 +105,7 @@ class WeightRecord:
     non_finite: NDArray[np.bool_]
     raw: NDArray[np.float64] | None = None
     centred: NDArray[np.float64] | None = None
+    means: NDArray[np.float64] | None = None
     router_cosine: NDArray[np.float64] | None = None
     router_norms: NDArray[np.float64] | None = None
     router_row_cosine: NDArray[np.float64] | None = None
@@ -291,6 +295,7 @@ def _expected(run: WeightRun) -> dict[str, tuple[type, tuple[int, ...]]]:
         found["router_products"] = (np.float64, (4, depth, experts))
     else:
         found["raw"] = found["centred"] = (np.float64, (3, experts, depth, depth))
+        found["means"] = (np.float64, (3, depth, depth))
         found["router_cosine"] = found["router_row_cosine"] = (np.float64, (depth, depth))
         found["router_norms"] = (np.float64, (depth, experts))
     if run.pairs:

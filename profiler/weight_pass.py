@@ -40,14 +40,16 @@ class PassSettings:
     """What a pass is to measure. Two passes of the same settings over the same files go through the same blocks.
 
     Attributes:
-        deltas: Distances of layers to compare at; None for all pairs of layers.
+        deltas: Distances of layers at which experts are compared as they are.
+        all_pairs: Compare them without their layer's mean in all pairs of layers, not just at `deltas`.
         pairs: Layers, by true index, whose experts are matched all against all; against another checkpoint, layers of
             this one and of that.
         sketch: Read a sample of the weights.
         memory: Working memory, bytes.
     """
 
-    deltas: tuple[int, ...] | None = None
+    deltas: tuple[int, ...] = ()
+    all_pairs: bool = True
     pairs: tuple[tuple[int, int], ...] = ()
     sketch: bool = False
     memory: int = MEMORY
@@ -186,7 +188,7 @@ class _Pass:
         lanes, self._readers = (1, min(n_jobs, READERS)) if device.type == "cuda" else (n_jobs, 1)
         self._features: FeatureSums | None = None
         self._sums: list[Sums] = (
-            [SameIndexSums(first.layers, experts, settings.deltas, self._faults, lanes)]
+            [SameIndexSums(first.layers, experts, settings.deltas, settings.all_pairs, self._faults, lanes)]
             if len(sources) == 1
             else [ChangeSums(depth, experts, self._faults)]
         )

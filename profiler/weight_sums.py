@@ -15,6 +15,9 @@ Task = Callable[[], None]
 #: Weights worked on at a time: on a CPU few enough for the shared cache, and enough that threads seldom wait for one
 #: another between operations; measured on two cores.
 _CHUNK: Final = {"cpu": 1 << 20, "cuda": 1 << 25}
+#: And of each expert at most: products may be added up one after another, and of 2^17 squares so added float32 keeps no
+#: more than 1e-5.
+_LONGEST: Final = {"cpu": 1 << 14, "cuda": 1 << 13}
 #: Layers of a panel of a Gram matrix; only panels on and above the diagonal are computed.
 _PANEL: Final = 16
 #: Gram matrices are worth their while from this many single products a layer squared on, and where they are small, a
@@ -55,7 +58,11 @@ class Faults:
 
 
 class SameIndexSums:
-    """Inner products of the same expert in every two layers, as they are and without each layer's mean expert.
+    """Inner products of the same expert in two layers, as they are and without each layer's mean expert.
+
+    Without the mean they are wanted for all pairs of layers, as a rule; as they are, for some distances. What all
+    experts together come to as they are in any pair follows from the mean experts' own products; two products of every
+    expert would cost twice as much.
 
     A piece of a block is made float32 once, for all layers and experts: what it gives is added up before it leaves the
     cache. Pieces are dealt to lanes, a thread each, whose sums are added in their order, so that the same number of
@@ -64,34 +71,30 @@ class SameIndexSums:
     Args:
         layers: True model indices.
         experts: E.
-        deltas: Distances whose pairs of layers are wanted; None for all pairs.
+        deltas: Distances at which products are wanted as they are.
+        all_pairs: Whether those without the mean are wanted of all pairs of layers, not just `deltas` apart.
         faults: Where experts that are not finite are noted.
         lanes: Number of lanes.
     """
 
     def __init__(
-        self, layers: Sequence[int], experts: int, deltas: Sequence[int] | None, faults: Faults, lanes: int
+        self, layers: Sequence[int], experts: int, deltas: Sequence[int], all_pairs: bool, faults: Faults, lanes: int
     ) -> None:
         depth = len(layers)
         device = faults.zero.device
         self.raw = torch.zeros(len(PARTS), experts, depth, depth, dtype=torch.float64, device=device)
         self.centred = torch.zeros_like(self.raw)
+        self.means = torch.zeros(len(PARTS), depth, depth, dtype=torch.float64, device=device)
         self._faults = faults
         self._lanes = lanes
         self._turn = threading.Condition()
         self._next = 0
-        wanted = wanted_pairs(layers, deltas)
-        offsets: dict[int, list[int]] = {0: list(range(depth))}
-        for i, j in torch.triu(wanted, 1).nonzero().tolist():
-            offsets.setdefault(j - i, []).append(i)
-        runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
-        products = sum(stop - start for _, start, stop in runs)
-        by_pairs = products < max(_DOTS * depth**2, _DOTS_A_LAYER * depth)
-        self._runs = runs if by_pairs else None
+        self._runs = _runs_apart(layers, deltas)
+        self._centred_runs = None if all_pairs else self._runs
 
     def state(self) -> dict[str, Tensor]:
         """Sums above the diagonal and on it."""
-        return {"raw": self.raw, "centred": self.centred}
+        return {"raw": self.raw, "centred": self.centred, "means": self.means}
 
     def tasks(self, slabs: Sequence[Mapping[Part, Slab]]) -> Iterator[Task]:
         """One task a part and lane."""
@@ -100,7 +103,7 @@ class SameIndexSums:
         known = self._faults.non_finite[0].clone()  # what lanes find in this block must not depend on which is first
         for number, slab in enumerate(parts.values()):
             cells = slab.data.shape[0] * slab.data.shape[1]
-            pieces = slab.pieces(_CHUNK[slab.data.device.type] // cells)
+            pieces = slab.pieces(_at_a_time(slab, cells))
             for lane in range(self._lanes):
                 turn = number * self._lanes + lane
                 yield lambda s=slab, p=pieces[lane :: self._lanes], t=turn: self._add(s, p, t, known)  # type: ignore[misc]
@@ -112,7 +115,9 @@ class SameIndexSums:
         device = slab.data.device
         zero, bad = self._faults.zero[0, place], known[place]
         found = torch.zeros_like(bad)
-        raw, centred = (_Products(depth, experts, self._runs, device) for _ in range(2))
+        raw = _Products(depth, experts, self._runs, device)
+        centred = _Products(depth, experts, self._centred_runs, device)
+        means = _Products(depth, 1, self._centred_runs, device)
         most = max(((last - first) * (columns.stop - columns.start) for first, last, columns in pieces), default=0)
         buffer = _kept("piece", depth * experts * most, device)
         any_bad, shares = bool(bad.any()), _shares(~(zero | bad))
@@ -129,12 +134,14 @@ class SameIndexSums:
             raw.add(weights)
             weights -= mean
             centred.add(weights)
+            means.add(mean)
         overflown = ~torch.isfinite(raw.squares())
         found |= overflown.T
         with self._turn:
             self._turn.wait_for(lambda: self._next == turn)
             for total, own in ((self.raw, raw), (self.centred, centred)):
                 own.add_to(total[place], overflown)
+            means.add_to(self.means[place][None], overflown.any(0, keepdim=True))
             self._faults.non_finite[0, place] |= found
             self._next += 1
             self._turn.notify_all()
@@ -352,13 +359,6 @@ class FeatureSums:
         yield 2, (gate * up).sum(1)
 
 
-def wanted_pairs(layers: Sequence[int], deltas: Sequence[int] | None) -> Tensor:
-    """(L, L) bool: pairs of layers `deltas` apart, and each layer with itself; all without `deltas`."""
-    index = torch.tensor(layers)
-    apart = (index[:, None] - index[None, :]).abs()
-    return torch.ones_like(apart, dtype=torch.bool) if deltas is None else torch.isin(apart, torch.tensor([0, *deltas]))
-
-
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add X Xᵀ of X (m, n) float32 to `total` (m, m) float64, above the diagonal and on it."""
     panel = _PANEL if rows.device.type == "cpu" else len(rows)
@@ -380,9 +380,15 @@ def mirrored(gram: Tensor) -> Tensor:
     return gram.triu() + gram.triu(1).mT
 
 
+def _at_a_time(slab: Slab, cells: int) -> int:
+    """Weights of each of `cells` experts to work on at a time."""
+    device = slab.data.device.type
+    return min(_CHUNK[device] // cells, _LONGEST[device])
+
+
 def chunk_rows(slab: Slab, cells: int) -> int:
     """Rows of `cells` experts to work on at a time."""
-    return max(1, _CHUNK[slab.data.device.type] // (cells * slab.form.columns))
+    return max(1, _at_a_time(slab, cells) // slab.form.columns)
 
 
 def chunks(slab: Slab, cells: int) -> Iterator[tuple[int, int]]:
@@ -433,6 +439,18 @@ def _add_between(total: Tensor, slabs: tuple[Slab, Slab], layers: tuple[int, int
             for slab, buffer, layer in zip(slabs, buffers, layers, strict=True)
         )
         total += a @ b.T
+
+
+def _runs_apart(layers: Sequence[int], deltas: Sequence[int]) -> list[tuple[int, int, int]] | None:
+    """Pairs of layers `deltas` apart, and each with itself, for `_Products`; None where all pairs cost less."""
+    offsets: dict[int, list[int]] = {0: list(range(len(layers)))}
+    for i, first in enumerate(layers):
+        for j in range(i + 1, len(layers)):
+            if layers[j] - first in deltas:
+                offsets.setdefault(j - i, []).append(i)
+    runs = [(offset, *run) for offset, starts in offsets.items() for run in _runs(starts)]
+    products = sum(stop - start for _, start, stop in runs)
+    return runs if products < max(_DOTS * len(layers) ** 2, _DOTS_A_LAYER * len(layers)) else None
 
 
 def _runs(starts: Sequence[int]) -> list[tuple[int, int]]:

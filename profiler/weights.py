@@ -63,7 +63,7 @@ def weigh(
     else:
         _check_alike(source, against)
         pairs = [(source.layers[i],) * 2 for i in choose_layers(len(source.layers), match_pairs)]
-    settings = PassSettings(tuple(deltas) if only_deltas else None, tuple(pairs), sketch)
+    settings = PassSettings(tuple(deltas), not only_deltas, tuple(pairs), sketch)
     routers: dict[str, Any] = _router_tables(source) if against is None else _router_products(source, against)
     result = run_pass(sources, settings, device=device, n_jobs=n_jobs, keeper=keeper, on_progress=on_progress)
     run = WeightRun(
@@ -88,7 +88,7 @@ def weigh(
         created=timestamp(),
         fingerprint=router_fingerprint(map(source.router, source.layers)),
     )
-    whole = ("raw", "centred", "within")
+    whole = ("raw", "centred", "means", "within")
     sums: dict[str, Any] = {
         name: (mirrored(tensor) if name in whole else tensor).numpy()
         for name, tensor in result.state.items()

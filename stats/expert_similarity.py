@@ -38,11 +38,14 @@ class ExpertSimilarity:
     """Cosine of the same expert index between all layers.
 
     Attributes:
-        cosine: (E, L, L) float64, cosine of concat(gate, up, down); NaN for unusable experts, in their cells alone.
-        centred: (E, L, L) float64, the same after subtracting each layer's mean expert; NaN where the blocks came
-            without a mean.
+        cosine: (E, L, L) float64, cosine of concat(gate, up, down); NaN for unusable experts, in their cells alone, and
+            for pairs of layers that were not summed expert by expert.
+        centred: (E, L, L) float64, the same after subtracting each layer's mean expert.
         part_cosine: (3, E, L, L) float64, cosine of gate, up, and down alone.
         part_centred: (3, E, L, L) float64, the same, centred.
+        together: (L, L) float64, cosine of all experts of two layers, each layer laid out as one vector; not centred.
+            NaN for a layer with an expert that is not finite.
+        part_together: (3, L, L) float64, of gate, up, and down alone.
         norms: (E, L) float64, length of concat(gate, up, down), not centred; NaN where not finite.
         unusable: the experts without a cosine, by layer.
         layers: (L,) true model indices.
@@ -52,6 +55,8 @@ class ExpertSimilarity:
     centred: NDArray[np.float64]
     part_cosine: NDArray[np.float64]
     part_centred: NDArray[np.float64]
+    together: NDArray[np.float64]
+    part_together: NDArray[np.float64]
     norms: NDArray[np.float64]
     unusable: tuple[UnusableExpert, ...]
     layers: tuple[int, ...]
@@ -87,25 +92,35 @@ class DistanceSimilarity:
 def similarity_from_sums(
     raw: NDArray[np.float64],
     centred: NDArray[np.float64],
+    means: NDArray[np.float64],
     non_finite: NDArray[np.bool_],
     layers: Sequence[int],
+    *,
+    one_by_one: NDArray[np.bool_] | None = None,
     asked: NDArray[np.bool_] | None = None,
 ) -> ExpertSimilarity:
     """Turn sums of inner products into cosines.
 
     Trained experts of a layer share a mean, which alone makes cosines between layers. Centring takes it away: x̃_le =
     x_le − m_l with m_l = (1/E) Σ_e x_le, the layer's mean expert, coordinate by coordinate, over the experts that are
-    neither zero nor non-finite.
+    neither zero nor non-finite, of which there are n_l.
+
+    What all experts together come to as they are follows: Σ_e ⟨x_le, x_ke⟩ = Σ_e ⟨x̃_le, x̃_ke⟩ + (n_l + n_k − E)·⟨m_l,
+    m_k⟩. Nothing large cancels in that. The other way round, raw sums less those of the means, would lose to rounding
+    what sets experts apart where they share most of their weights.
 
     Args:
-        raw: (3, E, L, L) float64, ⟨x_le, x_me⟩ by part, symmetric.
-        centred: (3, E, L, L) float64, the same of experts less their layer's mean; NaN where there was none.
+        raw: (3, E, L, L) float64, ⟨x_le, x_ke⟩ by part, symmetric.
+        centred: (3, E, L, L) float64, ⟨x̃_le, x̃_ke⟩.
+        means: (3, L, L) float64, ⟨m_l, m_k⟩.
         non_finite: (3, E, L) bool, experts that are not finite in a part; they have no cosine.
         layers: (L,) true model indices.
-        asked: (L, L) bool, pairs of layers that were summed; all by default.
+        one_by_one: (L, L) bool, pairs of layers of which `raw` was summed; all by default.
+        asked: (L, L) bool, pairs of which `centred` and `means` were summed; all by default.
     """
-    left_out = np.zeros((len(layers), len(layers)), np.bool_) if asked is None else ~asked
-    raw, centred = (np.where(left_out, np.nan, sums) for sums in (raw, centred))
+    every = np.ones((len(layers), len(layers)), np.bool_)
+    raw = np.where(every if one_by_one is None else one_by_one, raw, np.nan)
+    centred, means = (np.where(every if asked is None else asked, sums, np.nan) for sums in (centred, means))
     raw_square = np.einsum("pell->pel", raw)
     bad: NDArray[np.bool_] = np.asarray(non_finite.any(axis=0))
     whole_square = np.where(bad, np.nan, raw_square.sum(axis=0))
@@ -114,11 +129,17 @@ def similarity_from_sums(
         UnusableExpert(int(layers[row]), int(expert), "non-finite" if bad[expert, row] else "zero")
         for row, expert in np.argwhere(np.logical_not(whole_square.T > 0))
     )
+    used = np.einsum("pel->pl", np.logical_not(non_finite) & (raw_square > 0), dtype=np.int64)
+    summed = centred.sum(axis=1) + (used[:, :, None] + used[:, None, :] - raw.shape[1]) * means
+    spoilt: NDArray[np.bool_] = np.asarray(non_finite.any(axis=1))
+    summed = np.where(spoilt[:, :, None] | spoilt[:, None, :], np.nan, summed)
     return ExpertSimilarity(
         cosine=_cosine(raw.sum(axis=0), whole_square),
         centred=_cosine(centred.sum(axis=0), whole_square),
         part_cosine=_cosine(raw, part_square),
         part_centred=_cosine(centred, part_square),
+        together=_cosine(summed.sum(axis=0), np.einsum("pll->l", summed)),
+        part_together=_cosine(summed, np.einsum("pll->pl", summed)),
         norms=np.sqrt(whole_square),
         unusable=unusable,
         layers=tuple(int(layer) for layer in layers),

@@ -65,13 +65,20 @@ def weight_similarity(record: "WeightRecord", n_jobs: int = 1) -> WeightSimilari
         ValueError: The sums are of two checkpoints.
     """
     run = record.run
-    tables = record.router_cosine, record.router_norms, record.router_row_cosine
-    if record.raw is None or record.centred is None or any(table is None for table in tables):
+    tables = (
+        record.raw,
+        record.centred,
+        record.means,
+        record.router_cosine,
+        record.router_norms,
+        record.router_row_cosine,
+    )
+    if any(table is None for table in tables):
         raise ValueError("sums of two checkpoints say how one has changed, not how its layers are alike")
-    cosine, norms, row_cosine = (_NO_TABLE if table is None else table for table in tables)
+    raw, centred, means, cosine, norms, row_cosine = (_NO_TABLE if table is None else table for table in tables)
     layers = run.layers
     apart = np.abs(np.subtract.outer(layers, layers))
-    asked = None if run.all_pairs else np.isin(apart, (0, *run.deltas))
+    shown = np.isin(apart, (0, *run.deltas))
     by_expert = record.non_finite[0].swapaxes(1, 2)
     matches = _matches(record, n_jobs)
     within = np.full(len(layers), np.nan)
@@ -89,7 +96,9 @@ def weight_similarity(record: "WeightRecord", n_jobs: int = 1) -> WeightSimilari
         routers=similarity_at_distances(
             cosine, norms, row_cosine, layers, [run.experts] * len(layers), layers[-1] - layers[0]
         ),
-        same_index=similarity_from_sums(record.raw, record.centred, by_expert, layers, asked),
+        same_index=similarity_from_sums(
+            raw, centred, means, by_expert, layers, one_by_one=shown, asked=None if run.all_pairs else shown
+        ),
         within=within,
         matches=matches,
         verdict=verdict(matches) if matches else None,

@@ -22,7 +22,9 @@ SHARED = 0.1
 MOST_NAMED = 12
 """Unusable experts named one by one."""
 MOST_DISTANCES = 4
-"""Distances named one by one, those with the highest cosine."""
+"""Distances named one by one: those with the highest cosine, as far as it is above chance, and one in any case."""
+BY_CHANCE = 3.0
+"""Standard deviations of one pair's null from which a distance is named as above chance: a rule of thumb."""
 
 MEANING: dict[Kind, str] = {
     "same index": "experts keep their index and neurons their order",
@@ -134,7 +136,10 @@ def _same_index(result: WeightSimilarity) -> str:
     measured = [(raw, own) for raw, own in both if raw.num_pairs]
     if not measured:
         return "No two layers at the distances asked for have experts that can be compared."
-    highest = sorted(measured, key=lambda both: -np.nan_to_num(both[1].mean, nan=both[0].mean))[:MOST_DISTANCES]
+    highest = sorted(measured, key=_height, reverse=True)[:MOST_DISTANCES]
+    nulls = [pair.weights.same_index for pair in result.matches if pair.weights is not None and pair.weights.same_index]
+    chance = max((null.mean + BY_CHANCE * null.std for null in nulls), default=-np.inf)
+    highest = [both for both in highest if _height(both) > chance] or highest[:1]
     listed = "; ".join(_at_distance(result, raw, own) for raw, own in measured if (raw, own) in highest)
     left_out = len(measured) - len(highest)
     more = f"; lower at the other {left_out} distances" if left_out else ""
@@ -145,6 +150,12 @@ def _same_index(result: WeightSimilarity) -> str:
         else ""
     )
     return f"Same expert, mean over experts and pairs of layers: {listed}{more}.{shared}"
+
+
+def _height(both: tuple[DistanceSimilarity, DistanceSimilarity]) -> float:
+    """The centred mean cosine at a distance; the raw one where nothing could be centred."""
+    raw, centred = both
+    return centred.mean if centred.num_pairs else raw.mean
 
 
 def _at_distance(result: WeightSimilarity, raw: DistanceSimilarity, centred: DistanceSimilarity) -> str:

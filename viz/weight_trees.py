@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moescope.stats.expert_matching import ExpertMatch, LayerPair, Null, PairVerdict, Verdict
 from moescope.stats.expert_similarity import PARTS, UnusableExpert
 from moescope.stats.pairwise import finite_mean
@@ -57,10 +54,12 @@ def expert_tree(result: WeightSimilarity | None) -> dict[str, Any]:
             for raw, own in zip(result.by_distance, result.centred_by_distance, strict=True)
         },
         "layer_similarity": {
-            "cosine": finite_mean(same.cosine, axis=0),
+            "cosine": same.together,
             "centred_cosine": finite_mean(same.centred, axis=0),
-            **_by_part("part_cosine", same.part_cosine),
-            **_by_part("part_centred_cosine", same.part_centred),
+            "part_cosine": dict(zip(PARTS, same.part_together, strict=True)),
+            "part_centred_cosine": {
+                part: finite_mean(own, axis=0) for part, own in zip(PARTS, same.part_centred, strict=True)
+            },
         },
         "within_layer_cosine": result.within,
         "norms": same.norms.T,
@@ -126,11 +125,6 @@ def match_trees(matches: Sequence[LayerPair], verdict: Verdict | None) -> list[d
         | {"weights": _match_tree(match.weights), "neuron_order_free_features": _match_tree(match.features)}
         for match, judged in zip(matches, pairs, strict=True)
     ]
-
-
-def _by_part(name: str, cosine: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean over experts (L, L) of each part."""
-    return {name: {part: finite_mean(own, axis=0) for part, own in zip(PARTS, cosine, strict=True)}}
 
 
 def _pair_tree(pair: PairVerdict) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz import theme
 from moescope.viz.similarity import COSINE_BAR, colour_limit, layer_square, square_axes
+from moescope.viz.wording import counted
 
 BINS = 40
 MOST_DISTANCES = 6
@@ -94,7 +95,7 @@ def expert_scatter(result: WeightSimilarity, subject: str = "") -> go.Figure:
 
 
 def expert_layer_heatmap(result: WeightSimilarity, subject: str = "") -> go.Figure:
-    """Mean over experts of the cosine at the same index, layer by layer: raw, centred, and each matrix by itself.
+    """Cosine at the same index, layer by layer: centred, mean over experts; raw, all experts together; each matrix.
 
     The parts are centred, unless only raw cosines were measured.
 
@@ -105,13 +106,12 @@ def expert_layer_heatmap(result: WeightSimilarity, subject: str = "") -> go.Figu
     figure = theme.new_figure("Expert similarity between layers", subject, "Layer index", "Layer index")
     similarity = result.same_index
     centred = bool(np.isfinite(similarity.centred).any())
-    parts = similarity.part_centred if centred else similarity.part_cosine
+    parts = finite_mean(similarity.part_centred, axis=1) if centred else similarity.part_together
     suffix = ", centred" if centred else ""
-    views = {"Centred": similarity.centred, "Raw": similarity.cosine} | {
+    means = {"Centred": finite_mean(similarity.centred, axis=0), "Raw": similarity.together} | {
         f"{name}{suffix}": part for name, part in zip(("Gate", "Up", "Down"), parts, strict=True)
     }
     apart = ~np.eye(len(similarity.layers), dtype=np.bool_)
-    means = {name: finite_mean(cosine, axis=0) for name, cosine in views.items()}
     measured = {name: mean for name, mean in means.items() if np.isfinite(mean[apart]).any()}
     if not measured:
         return theme.say_no_data(figure, NO_EXPERTS)
@@ -123,7 +123,9 @@ def expert_layer_heatmap(result: WeightSimilarity, subject: str = "") -> go.Figu
 
 
 def expert_distance_lines(result: WeightSimilarity, subject: str = "") -> go.Figure:
-    """Mean cosine at the same index by distance, raw and centred: a peak is a distance at which layers repeat.
+    """Mean cosine at the same index by distance: a peak is a distance at which layers repeat.
+
+    Centred cosines are those of single experts; raw ones, of all experts of a layer together.
 
     Args:
         result: what to show.
@@ -135,11 +137,11 @@ def expert_distance_lines(result: WeightSimilarity, subject: str = "") -> go.Fig
     layers = result.same_index.layers
     deltas = np.arange(1, layers[-1] - layers[0] + 1)
     lines = (
-        ("raw", result.same_index.cosine, theme.NEUTRAL_COLOUR, 5),  # wide, to be seen below the other
-        ("centred", result.same_index.centred, theme.STRONG_COLOUR, 2),
+        ("raw", result.same_index.together, theme.NEUTRAL_COLOUR, 5),  # wide, to be seen below the other
+        ("centred", finite_mean(result.same_index.centred, axis=0), theme.STRONG_COLOUR, 2),
     )
     for name, cosine, colour, width in lines:
-        matrix = by_distance(finite_mean(cosine, axis=0), layers, deltas.tolist())
+        matrix = by_distance(cosine, layers, deltas.tolist())
         pairs = np.isfinite(matrix).sum(axis=0)
         measured = pairs > 0
         if measured.any():
@@ -216,8 +218,9 @@ def match_heatmap(
     square_axes(figure)
     # Numbers, not categories: ticks of 256 categories are as many elements to draw.
     experts = len(shown[0][1].table)
-    figure.update_xaxes(type="linear", range=[-0.5, experts - 0.5])
-    figure.update_yaxes(type="linear", autorange=None, range=[experts - 0.5, -0.5])
+    ticks = {"tick0": 0, "dtick": 1 << max(0, (experts - 1).bit_length() - 4)}  # at most 16, the same on both axes
+    figure.update_xaxes(type="linear", range=[-0.5, experts - 0.5], **ticks)
+    figure.update_yaxes(type="linear", autorange=None, range=[experts - 0.5, -0.5], **ticks)
     figure.update_layout(showlegend=False)
     theme.add_view_buttons(figure, [_pair_label(judged) for judged, _ in shown], traces_each=2)
     return figure
@@ -257,7 +260,7 @@ def _histogram(view: _DistanceView) -> list[go.Bar | go.Scatter]:
             y=counts,
             width=edges[1] - edges[0],
             customdata=np.stack([edges[:-1], edges[1:]], axis=-1),
-            name=f"{len(values):,} experts in {view.similarity.num_pairs} pairs of layers",
+            name=f"{counted(len(values), 'expert')} in {counted(view.similarity.num_pairs, 'pair')} of layers",
             marker={"color": theme.MODERATE_COLOUR, "line": {"width": 0}},
             hovertemplate="cosine %{customdata[0]:.4f} to %{customdata[1]:.4f}<br>%{y:,} experts<extra></extra>",
         ),

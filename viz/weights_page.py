@@ -12,7 +12,7 @@ from moescope.viz.findings import router_finding
 from moescope.viz.page import Page, Section
 from moescope.viz.weight_findings import verdict_in_words, weight_findings
 from moescope.viz.weights import clearest_first, expert_distance_lines, within_layer_bars
-from moescope.viz.wording import in_bytes, index_ranges, minute, short_name
+from moescope.viz.wording import counted, in_bytes, index_ranges, minute, short_name
 
 MOST_ROWS = 200
 """Pairs in the table; `weights.json` has all."""
@@ -24,9 +24,8 @@ def weights_subject(result: WeightSimilarity | WeightChange) -> str:
     """The line that says what a figure of weights was measured on."""
     against = f" against {short_name(result.against_id)}" if isinstance(result, WeightChange) else ""
     sketch = " · sketch" if result.coverage.sketched else ""
-    return (
-        f"{short_name(result.model_id)}{against} · {len(result.layers)} MoE layers · {result.experts} experts{sketch}"
-    )
+    layers, experts = counted(len(result.layers), "MoE layer"), counted(result.experts, "expert")
+    return f"{short_name(result.model_id)}{against} · {layers} · {experts}{sketch}"
 
 
 def similarity_page(result: WeightSimilarity, figures: Mapping[str, go.Figure]) -> Page:
@@ -113,9 +112,10 @@ def expert_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure]) 
         Section(
             "expert-distance",
             "Expert similarity by distance",
-            "Mean cosine between an expert's weights and those of the expert of the same index Δ layers on. Centred "
-            "means without the mean expert of each layer: a raw cosine may come from that shared mean alone. A peak "
-            "that comes back at multiples of one Δ is what stacked layers leave.",
+            "Cosine between an expert's weights and those of the expert of the same index Δ layers on. Centred means "
+            "without the mean expert of each layer, mean over experts; raw is of all experts of a layer laid out as "
+            "one vector, and may come from that shared mean alone. A peak that comes back at multiples of one Δ is "
+            "what stacked layers leave.",
             expert_distance_lines(result),
             380,
         ),
@@ -123,8 +123,9 @@ def expert_sections(result: WeightSimilarity, figures: Mapping[str, go.Figure]) 
             "expert-layers",
             "Expert similarity between layers",
             "Mean over experts of the cosine at the same index, for two layers: stripes beside the diagonal are layers "
-            "that repeat. The raw view may show no more than a mean that all experts share. The colour range is that "
-            "of the pairs off the diagonal; grey pairs were not compared.",
+            "that repeat. The raw view, of all experts of a layer laid out as one vector, may show no more than a mean "
+            "that all experts share. The colour range is that of the pairs off the diagonal; grey pairs were not "
+            "compared.",
             figures["expert_layer_similarity.html"],
             680,
             page="expert_layer_similarity.html",

@@ -1,14 +1,18 @@
 """`moescope cache`, and a profile that goes through a cache: the same routing under the model's own name."""
 
+import os
 import shutil
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command import Cli
+from command import Cli, full_disk
 from fp8 import Fp8Checkpoint, fp8_checkpoint
 
+from moescope.adapters import model_cache
 from moescope.profiler.files import load_profile
 from moescope.profiler.profile import RoutingProfile
 
@@ -70,6 +74,36 @@ def test_dump_only_stops_after_the_cache(cli: Cli, fp8: Fp8Checkpoint, tmp_path:
     assert done.out == f"Wrote {cache}\n"
     assert cache.name.endswith("bfloat16")
     assert {file.name for file in tmp_path.iterdir()} == {"models", "caches"}
+
+
+def test_ctrl_c_keeps_what_is_finished(cli: Cli, fp8: Fp8Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = model_cache._write
+
+    def interrupted(path: Path, pieces: Iterable[bytes | memoryview]) -> object:
+        if path.name == "model-00002-of-00003.safetensors":
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(path, pieces)
+
+    monkeypatch.setattr(model_cache, "_write", interrupted)
+    done = cli("cache", fp8.folder, "--cache-dir", "caches")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == "Interrupted. Finished files are kept; the same command goes on with them."
+    (cache,) = Path("caches").iterdir()
+    assert {file.name for file in cache.iterdir()} == {"model-00001-of-00003.safetensors", model_cache.MANIFEST_NAME}
+    monkeypatch.setattr(model_cache, "_write", write)
+    first = (cache / "model-00001-of-00003.safetensors").stat().st_mtime_ns
+    assert cli("cache", fp8.folder, "--cache-dir", "caches").out == f"Wrote {cache}\n"
+    assert (cache / "model-00001-of-00003.safetensors").stat().st_mtime_ns == first
+
+
+def test_a_full_disk(cli: Cli, fp8: Fp8Checkpoint) -> None:
+    with full_disk(2000):
+        done = cli("cache", fp8.folder, "--cache-dir", "caches")
+    assert done.code == 2
+    assert "cannot write caches/" in done.error
+    assert done.error.endswith("; finished files are kept, and the same command goes on with them")
+    assert not list(Path("caches").rglob("*.tmp"))
+    assert cli("cache", fp8.folder, "--cache-dir", "caches").code == 0
 
 
 def test_without_a_cache_the_original_is_loaded(cli: Cli, checkpoint: Path, fp8: Fp8Checkpoint) -> None:

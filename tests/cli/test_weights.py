@@ -2,19 +2,21 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checkpoint_files import QWEN, per_expert, write
-from command import Cli
+from command import Cli, full_disk
 from safetensors.torch import save_file
 
+from moescope.adapters import weighing
 from moescope.profiler import weight_pass, weight_slabs
 from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME
 from moescope.profiler.weight_files import load_weights
-from moescope.viz import weight_analysis
+from moescope.viz import weight_analysis, weights_report
 from moescope.viz.pages import LIBRARY
 from moescope.viz.weight_analysis import weight_similarity
 from moescope.viz.weight_findings import verdict_in_words
@@ -92,6 +94,46 @@ def test_an_interrupted_pass_is_resumed(cli: Cli, tiny: Path, monkeypatch: pytes
     assert "nothing to resume" in cli("weights", tiny, "-o", "out", "--resume").error
 
 
+def test_ctrl_c_while_pages_are_written(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(weights_report, "write_weights", interrupted)
+    stopped = cli("weights", tiny, "-o", "out")
+    assert stopped.code == 130
+    assert stopped.err.splitlines()[-1].startswith("Interrupted. weights.safetensors is complete")
+    assert os.listdir("out") == [WEIGHTS_NAME]
+
+
+def test_ctrl_c_before_anything_was_read(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(weighing, "open_checkpoint", interrupted)
+    stopped = cli("weights", tiny, "-o", "out")
+    assert stopped.code == 130
+    assert "Traceback" not in stopped.err
+    assert not Path("out").exists()
+
+
+def test_a_full_disk(cli: Cli, tiny: Path) -> None:
+    with full_disk(2000):
+        done = cli("weights", tiny, "-o", "out")
+    assert done.code == 2
+    assert f"cannot write {Path('out') / WEIGHTS_NAME}: " in done.error
+    assert not Path("out").exists()
+    assert cli("weights", tiny, "-o", "out").code == 0
+
+
+def test_one_of_a_kind_is_counted_so(cli: Cli, tmp_path: Path) -> None:
+    config = {**CONFIG, "num_experts": 1}
+    folder = write(tmp_path / "one", config, per_expert(config, layers=(0, 1, 2))[0])
+    done = cli("weights", folder, "-o", "out")
+    assert done.code == 0
+    assert "3 MoE layers, 1 expert, " in done.out
+    assert "1 experts" not in done.out + Path("out", PAGE_NAME).read_text(encoding="utf-8")
+
+
 def test_an_interruption_after_the_pass_loses_no_sums(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(work: object) -> None:
         raise KeyboardInterrupt
@@ -158,6 +200,8 @@ def test_weights_that_are_not_finite_are_named(cli: Cli, tmp_path: Path) -> None
         (("--layers", "1"), "layer 1 is the only one that routes, or was chosen"),
         (("--layers", "1,7"), "layer 7 of "),
         (("--layers", "3-1"), "--layers '3-1' must be layers and ranges of them"),
+        (("--layers", "0-99999999999"), "no model has a layer 99999999999; give layers and ranges of them"),
+        (("-o", ""), "--output-dir is empty; name a folder, or leave the option out"),
         (("--layers", "a"), "--layers 'a' must be layers"),
         (("--device", "tpu"), "--device 'tpu' must be auto, cpu, cuda or cuda:N"),
         (("--device", "cuda:99"), "--device cuda:99: there is no such GPU here"),

@@ -13,15 +13,15 @@ Weights = Mapping[str, np.ndarray]
 
 def same_index(layers: Sequence[Weights], indices: Sequence[int]) -> ExpertSimilarity:
     """The same expert of every two layers; an expert that is zero or not finite has no part in its layer's mean."""
-    raw, centred, faults = [], [], []
+    raw, centred, means, faults = [], [], [], []
     for part in PARTS:
         finite, stack = _finite([layer[part] for layer in layers])
         used = stack.any(axis=2, keepdims=True)
         mean = stack.sum(axis=1, keepdims=True) / np.maximum(used.sum(axis=1, keepdims=True), 1)
-        for sums, table in ((raw, stack), (centred, np.where(used, stack - mean, 0.0))):
+        for sums, table in ((raw, stack), (centred, stack - mean), (means, mean)):
             sums.append(np.einsum("len,men->elm", table, table))
         faults.append(~finite.T)
-    return similarity_from_sums(np.stack(raw), np.stack(centred), np.stack(faults), indices)
+    return similarity_from_sums(*map(np.stack, (raw, centred, [found[0] for found in means], faults)), indices)
 
 
 def within(layer: Weights) -> np.ndarray:

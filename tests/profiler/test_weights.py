@@ -63,20 +63,30 @@ def cosines(weights: np.ndarray) -> np.ndarray:
     return np.einsum("aed,bed->eab", unit, unit)
 
 
+def together(weights: np.ndarray) -> np.ndarray:
+    """(L, L) of (L, E, D): all experts of a layer as one vector."""
+    return cosines(weights.reshape(len(weights), 1, -1))[0]
+
+
 def check_similarity(record: WeightRecord, reference: Reference) -> None:
     """Everything about the same index and routers against plain numpy."""
     found = weight_similarity(record)
     weights = flat(reference)
     centred = weights - weights.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(found.same_index.cosine, cosines(weights), atol=1e-5)
+    layers = record.run.layers
+    shown = np.isin(np.abs(np.subtract.outer(layers, layers)), (0, *record.run.deltas))
+    np.testing.assert_allclose(found.same_index.cosine, np.where(shown, cosines(weights), np.nan), atol=1e-5)
     np.testing.assert_allclose(found.same_index.centred, cosines(centred), atol=1e-5)
+    np.testing.assert_allclose(found.same_index.together, together(weights), atol=1e-5)
     np.testing.assert_allclose(found.same_index.norms, np.linalg.norm(weights, axis=2).T, rtol=1e-5)
     ends = np.cumsum([part.size for part in reference[record.run.layers[0]][1][0]])
     for row, own in enumerate(np.split(np.arange(ends[-1]), ends[:-1])):
-        np.testing.assert_allclose(found.same_index.part_cosine[row], cosines(weights[:, :, own]), atol=1e-5)
+        part = np.where(shown, cosines(weights[:, :, own]), np.nan)
+        np.testing.assert_allclose(found.same_index.part_cosine[row], part, atol=1e-5)
+        np.testing.assert_allclose(found.same_index.part_together[row], together(weights[:, :, own]), atol=1e-5)
         np.testing.assert_allclose(found.same_index.part_centred[row], cosines(centred[:, :, own]), atol=1e-5)
     routers = np.stack([reference[i][0] for i in reference])
-    np.testing.assert_allclose(found.routers.cosine, cosines(routers.reshape(len(routers), 1, -1))[0], atol=1e-5)
+    np.testing.assert_allclose(found.routers.cosine, together(routers), atol=1e-5)
     np.testing.assert_allclose(found.routers.row_cosine_pairs, cosines(routers).mean(axis=0), atol=1e-5)
     assert found.unusable == ()
     assert not found.coverage.sketched
@@ -140,9 +150,9 @@ def test_one_distance_gives_the_same_there_and_nothing_elsewhere(delta: int, tmp
         every, few = (weight_similarity(weigh(source, (delta,), only_deltas=only)) for only in (False, True))
     apart = np.abs(np.subtract.outer(layers, layers))
     asked = (apart == 0) | (apart == delta)
-    for name in ("cosine", "centred", "part_cosine", "part_centred"):
+    for name in ("cosine", "centred", "part_cosine", "part_centred", "together", "part_together"):
         whole, some = (getattr(found.same_index, name) for found in (every, few))
-        assert np.isfinite(whole).all()
+        assert np.isfinite(whole[..., asked] if name.endswith("cosine") else whole).all()
         np.testing.assert_allclose(some[..., asked], whole[..., asked], atol=1e-5)
         assert np.isnan(some[..., ~asked]).all()
     assert few.by_distance[0].num_pairs == sum(layer + delta in layers for layer in layers)
@@ -259,9 +269,17 @@ def test_an_unusable_expert_spoils_nothing_else(kind: str, value: float, tmp_pat
     assert found.unusable == (UnusableExpert(2, 3, "non-finite" if value else "zero"),)
     own = np.zeros(found.same_index.cosine.shape, bool)
     own[3, 2, :] = own[3, :, 2] = True
-    np.testing.assert_array_equal(np.isnan(found.same_index.cosine), own)
+    shown = np.abs(np.subtract.outer(LAYERS, LAYERS)) <= 1
+    np.testing.assert_array_equal(np.isnan(found.same_index.cosine), own | ~shown)
     np.testing.assert_array_equal(np.isnan(found.same_index.centred), own)
-    np.testing.assert_allclose(found.same_index.cosine[~own], plain.same_index.cosine[~own], atol=1e-5)
+    layer = np.zeros(found.same_index.together.shape, bool)
+    layer[2, :] = layer[:, 2] = value != 0
+    np.testing.assert_array_equal(np.isnan(found.same_index.together), layer)
+    if value == 0:
+        weights = flat(reference)
+        weights[2, 3] = 0
+        np.testing.assert_allclose(found.same_index.together, together(weights), atol=1e-5)
+    np.testing.assert_allclose(found.same_index.cosine[~own & shown], plain.same_index.cosine[~own & shown], atol=1e-5)
     for pair in found.matches:
         for match in (pair.weights, pair.features):
             assert match is not None
@@ -290,6 +308,24 @@ def test_products_are_whole_float32_whatever_the_caller_allows(tmp_path: Path) -
     finally:
         torch.set_float32_matmul_precision("highest")
     assert during == {"highest"}
+
+
+def test_what_sets_experts_apart_is_not_lost_beside_what_they_share(tmp_path: Path) -> None:
+    tensors, reference = per_expert(CONFIG, layers=LAYERS)
+    generator = torch.Generator().manual_seed(3)
+    shared = {part: torch.randn(132, 132, generator=generator) for part in ("gate", "up", "down")}
+    for layer, (_, experts) in reference.items():
+        for expert, parts in enumerate(experts):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{{}}_proj.weight"
+            rounded = []
+            for part, weights in zip(shared, parts, strict=True):
+                rows, columns = weights.shape
+                own = shared[part][:rows, :columns] + 0.003 * torch.from_numpy(weights).float()
+                tensors[name.format(part)] = own
+                rounded.append(own.double().numpy())
+            experts[expert] = tuple(rounded)
+    with WeightReader(open_checkpoint(write(tmp_path, CONFIG, tensors))) as source:
+        check_similarity(weigh(source, (1,)), reference)
 
 
 def test_an_expert_with_rows_of_zeros_is_part_of_its_layer(tmp_path: Path) -> None:
@@ -422,8 +458,8 @@ def test_a_sketch_reads_the_same_rows_of_every_expert(tmp_path: Path, monkeypatc
         found.coverage.bytes_total * found.coverage.coordinates / found.coverage.coordinates_total, abs=100
     )
     assert record.features is None
-    off = ~np.eye(4, dtype=bool)
-    assert np.abs(found.same_index.cosine - cosines(flat(reference)))[:, off].max() < 6 / np.sqrt(600)
+    shown = np.abs(np.subtract.outer(LAYERS, LAYERS)) <= 1
+    assert np.abs(found.same_index.cosine - cosines(flat(reference)))[:, shown].max() < 6 / np.sqrt(600)
     assert all(pair.features is None and pair.weights is not None for pair in found.matches)
 
 

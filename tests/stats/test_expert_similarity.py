@@ -128,6 +128,10 @@ def test_cosines_equal_plain_numpy() -> None:
     for row, part in enumerate(PARTS):
         np.testing.assert_allclose(result.part_cosine[row], plain_cosine(layers, (part,)), atol=1e-5)
         np.testing.assert_allclose(result.part_centred[row], plain_cosine(layers, (part,), True), atol=1e-5)
+    one_expert = [{part: weights[part].reshape(1, -1) for part in PARTS} for weights in layers]
+    np.testing.assert_allclose(result.together, plain_cosine(one_expert)[0], atol=1e-5)
+    for row, part in enumerate(PARTS):
+        np.testing.assert_allclose(result.part_together[row], plain_cosine(one_expert, (part,))[0], atol=1e-5)
     whole = np.concatenate([flat(layers[2][part]) for part in PARTS], axis=1)
     np.testing.assert_allclose(result.norms[:, 2], np.linalg.norm(whole, axis=1), rtol=1e-5)
     assert result.unusable == ()
@@ -155,6 +159,8 @@ def test_a_part_that_is_not_finite_leaves_the_other_parts() -> None:
     layers[0]["up"][2, 0, 0] = np.nan
     result = same_index(layers)
     assert np.isnan(result.part_cosine[:, 2, 0, 1]).tolist() == [False, True, False]
+    assert np.isnan(result.part_together[:, 0, 1]).tolist() == [False, True, False]
+    assert np.isnan(result.together[0, 1])
     assert np.isnan(result.cosine[2, 0, 1])
     assert result.unusable == (UnusableExpert(0, 2, "non-finite"),)
 

@@ -98,7 +98,7 @@ def test_the_layer_matrix_switches_between_raw_centred_and_parts() -> None:
     assert titles(figure) == ("Layer index", "Layer index")
     assert labels(figure) == ["Centred", "Raw", "Gate, centred", "Up, centred", "Down, centred"]
     same = result.same_index
-    for trace, cosine in zip(figure.data, (same.centred, same.cosine, *same.part_centred), strict=True):
+    for trace, cosine in zip(figure.data, (same.centred, same.together[None], *same.part_centred), strict=True):
         np.testing.assert_allclose(trace.z, cosine.mean(axis=0), atol=1e-6)
         assert list(trace.y) == [str(layer) for layer in result.layers]
         apart = ~np.eye(len(result.layers), dtype=bool)
@@ -107,7 +107,7 @@ def test_the_layer_matrix_switches_between_raw_centred_and_parts() -> None:
     raw = replace(same, centred=nan, part_centred=np.full_like(same.part_centred, np.nan))
     figure = expert_layer_heatmap(replace(result, same_index=raw))
     assert labels(figure) == ["Raw", "Gate", "Up", "Down"]
-    np.testing.assert_allclose(figure.data[1].z, same.part_cosine[0].mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(figure.data[1].z, same.part_together[0], atol=1e-6)
 
 
 def test_means_by_distance_peak_at_the_period() -> None:
@@ -119,7 +119,7 @@ def test_means_by_distance_peak_at_the_period() -> None:
     assert list(centred.x) == [1, 2, 3, 4, 5, 6]
     assert list(centred.customdata) == [6, 5, 4, 3, 2, 1]
     assert set(np.argsort(-centred.y)[:2] + 1) == {3, 6}
-    for line, cosine in ((raw, result.same_index.cosine), (centred, result.same_index.centred)):
+    for line, cosine in ((raw, result.same_index.together[None]), (centred, result.same_index.centred)):
         expected = [entry.mean for entry in similarity_by_distance(cosine, result.layers, range(1, 7))]
         np.testing.assert_allclose(line.y, expected)
 
@@ -179,6 +179,14 @@ def test_match_matrices_of_many_experts_are_few() -> None:
     many = replace(result.verdict, pairs=result.verdict.pairs * 9)
     cells = sum(trace.z.size for trace in match_heatmap(result.matches * 9, many).data[::2])
     assert 4 * 256**2 == cells <= MOST_CELLS
+
+
+@pytest.mark.parametrize(("experts", "step"), [(4, 1), (16, 1), (17, 2), (128, 8)])
+def test_ticks_of_a_match_are_whole_experts_and_the_same_on_both_axes(experts: int, step: int) -> None:
+    result = weight_similarity(layers=(0, 3), experts=experts, deltas=(3,))
+    figure = match_heatmap(result.matches, result.verdict)
+    for axis in (figure.layout.xaxis, figure.layout.yaxis):
+        assert (axis.tick0, axis.dtick) == (0, step)
 
 
 def test_without_data_the_figures_say_so() -> None:

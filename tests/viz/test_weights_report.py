@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from weight_results import weight_change, weight_similarity
+from weight_results import Origin, weight_change, weight_similarity
 
 from moescope.stats.weight_similarity import WeightChange, WeightCoverage, WeightSimilarity
 from moescope.viz.page import page_text
@@ -290,3 +290,13 @@ def test_of_many_distances_the_highest_are_named() -> None:
     assert {3, 6} <= set(named)
     assert sentence.endswith("; lower at the other 2 distances.")
     assert sentence not in weight_findings(result, by_distance=False)
+
+
+@pytest.mark.parametrize(("origin", "expected"), [("stacked", [3, 6]), ("unrelated", [None])])
+def test_distances_no_higher_than_chance_are_not_named(origin: Origin, expected: list[int | None]) -> None:
+    result = weight_similarity(origin, deltas=range(1, 7), size=4000)
+    (sentence,) = [found for found in weight_findings(result) if found.startswith("Same expert")]
+    named = [int(part.split(":")[0]) for part in sentence.split("Δ = ")[1:]]
+    assert len(named) == len(expected)
+    assert named == expected or expected == [None]
+    assert sentence.endswith(f"; lower at the other {6 - len(named)} distances.")
