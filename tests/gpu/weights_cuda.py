@@ -140,7 +140,7 @@ def difference(first: PassResult, second: PassResult) -> float:
         if name in ("raw", "centred", "means"):
             sound = ~(faulty if name == "raw" else faulty.any(1, keepdim=name == "centred"))
             kept &= sound[..., :, None] & sound[..., None, :]
-        if name in ("raw", "centred", "within"):  # the same below the diagonal, where it may be left out
+        if name in ("raw", "centred", "means", "within"):  # the same below the diagonal, where it may be left out
             kept = kept.triu()
         measure = (first.state["within"] if name == "between" else tensor).double()
         if kept.any() and (scale := float(measure[measure.isfinite()].abs().max())):
