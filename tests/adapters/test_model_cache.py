@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disks import full_disk
 from fp8 import Fp8Checkpoint, e4m3, fp8_checkpoint, quantise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -304,12 +304,8 @@ def test_room_is_asked_for_to_the_byte(model: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_write_that_fails(model: Path, tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
+    with full_disk(10_000):
         refused("cannot write .*model-00001.*: File too large; finished", model, tmp_path / "caches", kind=OutputError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     built(model, tmp_path / "caches")
 
 

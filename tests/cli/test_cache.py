@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import Cli, full_disk
+from command import Cli
+from disks import full_disk
 from fp8 import Fp8Checkpoint, fp8_checkpoint
 
 from moescope.adapters import model_cache

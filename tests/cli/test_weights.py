@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import QWEN, per_expert, write
-from command import Cli, full_disk
+from command import Cli
+from disks import full_disk
 from safetensors.torch import save_file
 
 from moescope.adapters import weighing

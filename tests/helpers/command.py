@@ -1,8 +1,6 @@
 """What a command left behind."""
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -22,17 +20,6 @@ class Result:
         assert self.err.splitlines()[-1] == lines[0]
         assert "Traceback" not in self.err
         return lines[0]
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file grows beyond `size` bytes, as on a disk that is full; Python ignores the signal, so writing fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 Cli = Callable[..., Result]

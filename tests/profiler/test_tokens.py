@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import resource
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from disks import full_disk
 
 from moescope.profiler import tokens
 from moescope.profiler.errors import OptionError, OutputError, PromptError
@@ -200,13 +200,8 @@ def test_interrupted(error: type[BaseException], tmp_path: Path) -> None:
 @pytest.mark.parametrize(("prompts", "tokens"), [(20_000, 100), (256, 10_000)])
 def test_disk_full(prompts: int, tokens: int, tmp_path: Path) -> None:
     """A limit on file sizes cuts a later write, or the only one, short, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        with pytest.raises(OutputError) as caught:
-            tokenize(texts(prompts), tmp_path, lambda batch: [[7] * tokens] * len(batch))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(1_000_000), pytest.raises(OutputError) as caught:
+        tokenize(texts(prompts), tmp_path, lambda batch: [[7] * tokens] * len(batch))
     assert str(caught.value) == (
         f"{tmp_path} cannot hold the temporary file of token ids: File too large; "
         "free space there or choose another folder"

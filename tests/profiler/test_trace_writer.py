@@ -1,19 +1,17 @@
 """Writing traces: what is kept, what is left out, bounded memory, crashes, full disks, and going on."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from disks import full_disk
 from traces import about, assert_rows_equal, batch_rows, random_rows, write_batches
 
 from moescope.profiler import trace_writer
@@ -277,17 +275,6 @@ def test_a_killed_run_loses_the_last_shard_alone(tmp_path: Path, small_shards: N
     assert Trace(folder).verify() == Verification((), 0, 60, 0, ())
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to let any file grow past `size` bytes, as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def write(writer: TraceWriter, rows: TraceRows) -> None:
     writer.append(rows)
     writer.flush()
@@ -304,7 +291,7 @@ def test_a_full_disk_keeps_what_was_finished_and_says_what_is_lost(tmp_path: Pat
             writer.commit(number)
         writer.flush()
         with (
-            largest_file(600),
+            full_disk(600),
             pytest.raises(TraceError, match="30 tokens are in finished shards, 9 are lost") as caught,
         ):
             write(writer, steps[2][0].take(slice(0, 9)))
