@@ -89,6 +89,7 @@ class ReportData:
         nulls: layer correlation held against chance, or None where that was left out.
         period: what a scan of all periods found, or None where that was left out.
         used: how experts are used, or None where it was not computed.
+        groups: groups of experts that a router first chooses among; 1 where it has none.
     """
 
     model_id: str
@@ -114,6 +115,7 @@ class ReportData:
     nulls: LayerNulls | None = None
     period: PeriodFinding | None = None
     used: ExpertsUsed | None = None
+    groups: int = 1
 
     @property
     def measure(self) -> Measure:

@@ -20,7 +20,7 @@ from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
 from moescope.viz.use import effective_by_layer, phases_by_layer, placement_by_layer, specialised_experts
 from moescope.viz.use_findings import TableRows, specialised_table, together_table
 from moescope.viz.weights_page import expert_sections
-from moescope.viz.wording import by_layer, index_ranges, minute, subject
+from moescope.viz.wording import by_layer, experts_in_words, index_ranges, minute, subject
 
 LOWEST, HIGHEST = 380, 1100
 """Least and greatest height of a figure with one row a layer, in pixels."""
@@ -66,7 +66,7 @@ def _facts(report: ReportData) -> list[tuple[str, str]]:
         ("Model", f"{report.model_id} ({report.architecture}, {report.scoring} router)"),
         ("Engine", report.engine),
         ("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
-        ("Experts", by_layer([load.experts for load in report.loads], report.layers)),
+        ("Experts", experts_in_words(report)),
         ("Tokens", f"{report.tokens:,} ({spread})"),
         ("Prompts", f"{report.prompts:,}"),
         ("Recorded", minute(report.created)),
@@ -208,7 +208,8 @@ def _chance_sections(report: ReportData) -> list[Section]:
                 "Mean correlation at each distance, with its 95% interval over parts of the prompts. In the band lie "
                 f"95% of {report.nulls.free.permutations:,} random orders of the experts; only what is above the "
                 "dashed line (a full mark) is more than the largest of as many looks would be by chance. Near layers "
-                "that are alike rise above it too: that alone is no period.",
+                "that are alike rise above it too: that alone is no period."
+                f"{_groups_note(report.nulls.groups)}",
                 distance_against_chance(report.nulls),
             )
         )
@@ -225,6 +226,16 @@ def _chance_sections(report: ReportData) -> list[Section]:
             )
         )
     return sections
+
+
+def _groups_note(groups: int) -> str:
+    """How to read the second null of a router with groups."""
+    if groups == 1:
+        return ""
+    return (
+        f" The router first chooses among {groups} groups: the second band and line are of orders within the groups; "
+        "what is above the first alone may come from which groups are busy."
+    )
 
 
 def _reliability_sections(report: ReportData, tall: int) -> list[Section]:
