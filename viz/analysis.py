@@ -24,7 +24,7 @@ from moescope.stats.placement import held_out_placement
 from moescope.stats.reliability import layer_reliability
 from moescope.stats.similarity import router_similarity, similarity_at_distances
 from moescope.stats.specialisation import specialisation
-from moescope.stats.use import expert_use, phase_contrast
+from moescope.stats.use import LEAST_TOKENS, expert_coverage, expert_use, phase_contrast
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
 
@@ -185,6 +185,9 @@ def _used(profile: "RoutingProfile", frequency: Activation) -> ExpertsUsed:
         placement=held_out_placement(profile.split_counts.sum(axis=1), experts, layers, gpus, gpus)
         if gpus is not None and alike
         else None,
+        coverage=expert_coverage(
+            profile.selection_counts.sum(axis=(0, 1)), profile.tokens, LEAST_TOKENS, experts, layers
+        ),
     )
 
 

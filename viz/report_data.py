@@ -14,7 +14,7 @@ from moescope.stats.placement import HeldOutPlacement
 from moescope.stats.reliability import Reliability
 from moescope.stats.similarity import RouterSimilarity
 from moescope.stats.specialisation import Specialisation
-from moescope.stats.use import ExpertUse, PhaseContrast
+from moescope.stats.use import Coverage, ExpertUse, PhaseContrast
 from moescope.stats.weight_similarity import WeightSimilarity
 
 if TYPE_CHECKING:  # a hand-over type
@@ -51,6 +51,7 @@ class ExpertsUsed:
         specialisation: each domain against all others, or None where there is but one.
         coactivation: pairs of experts against chance, or None where they were not recorded.
         placement: experts on GPUs, or None where they cannot be placed evenly.
+        coverage: experts that few tokens reached.
     """
 
     use: ExpertUse
@@ -59,6 +60,7 @@ class ExpertsUsed:
     specialisation: Specialisation | None
     coactivation: Coactivation | None
     placement: HeldOutPlacement | None
+    coverage: Coverage
 
 
 @dataclass(frozen=True, slots=True, eq=False)

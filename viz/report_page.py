@@ -165,12 +165,18 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
 def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], tall: int) -> list[Section]:
     correlation = figures["layer_correlation_matrix.html"]
     bars, boxes = figures["periodic_pattern_analysis.html"], figures["periodic_pattern_analysis_detailed.html"]
+    alone = (
+        " A domain by itself is not held against chance: it has fewer tokens, and each would be as many looks more."
+        if report.domains and report.nulls is not None
+        else ""
+    )
     return [
         Section(
             "correlation",
             "Layer correlation",
             "Each cell compares the expert use of a layer with that of the layer Δ further on: a column of one strong "
-            "colour means that the pattern comes back every Δ layers. Grey cells lie past the end of the model.",
+            "colour means that the pattern comes back every Δ layers. Grey cells lie past the end of the model."
+            f"{alone}",
             correlation,
             tall,
             variants=_differences(report, correlation, lambda view: correlation_heatmap(view.correlation)),
@@ -182,7 +188,7 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             "Periodic patterns",
             "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
             "pairs share layers, so the line is a spread, not a confidence interval; the grey band is 95% of what "
-            "experts in random order give.",
+            f"experts in random order give.{alone}",
             bars,
             variants=_differences(report, bars, lambda view: periodic_bars(view.periodic)),
             page="periodic_pattern_analysis.html",

@@ -133,6 +133,17 @@ def test_planted_clusters_are_found() -> None:
     excess = (found.observed[0] - found.expected[0])[inside].sum()
     assert found.modularity[0] == pytest.approx(excess / (6000 * 3 * 2))
     assert found.modularity[0] > 0.1
+    assert found.chance_modularity[0] < 0.02
+
+
+def test_where_tokens_choose_independently_clusters_are_those_of_chance() -> None:
+    rng = np.random.default_rng(5)
+    pairs = [routed(rng.gamma(2.0, size=32), 4, 2000, rng) for _ in range(12)]
+    stacked = np.stack([chosen.T @ chosen for chosen in pairs])
+    found = coactivation(stacked, (4,) * 12, 2000, (32,) * 12, range(12))
+    assert found.modularity.mean() == pytest.approx(found.chance_modularity.mean(), rel=0.15)
+    again = coactivation(stacked, (4,) * 12, 2000, (32,) * 12, range(12))
+    np.testing.assert_array_equal(found.chance_modularity, again.chance_modularity)
 
 
 def test_padding_dead_layers_and_single_choices() -> None:
