@@ -98,7 +98,7 @@ def _within_groups(nulls: LayerNulls) -> str:
     null = nulls.within_groups
     if null is None:
         return ""
-    among = f" Among experts of the same of the router's {nulls.groups} groups"
+    among = f" Within the router's {nulls.groups} groups of experts, whichever of them are busy,"
     above = np.flatnonzero(null.p_family <= LEVEL)
     if not above.size:
         return f"{among} they do at no distance ({p_value(null.p_largest)} for the largest of {null.looks} looks)."

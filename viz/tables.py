@@ -244,7 +244,8 @@ def _periodic(report: ReportData) -> Table:
     """One row an interval."""
     patterns = report.periodic.patterns
     deltas = [pattern.delta for pattern in patterns]
-    low, high = (_at(report.nulls, deltas, lambda nulls, end=end: nulls.intervals[end]) for end in (0, 1))
+    low = _at(report.nulls, deltas, lambda nulls: nulls.intervals[0])
+    high = _at(report.nulls, deltas, lambda nulls: nulls.intervals[1])
     return Table(
         "periodic_patterns",
         (

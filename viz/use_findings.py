@@ -111,7 +111,7 @@ def _covered(found: Coverage) -> str:
         if wanted.size
         else " How many would be enough cannot be told: none of these was ever chosen."
     )
-    return f"{few:,} of {experts:,} experts were reached by fewer than {found.minimum} tokens.{enough}"
+    return f"Fewer than {found.minimum} tokens reached {few:,} of {experts:,} experts.{enough}"
 
 
 def _placed(found: HeldOutPlacement) -> str:

@@ -248,7 +248,9 @@ def test_what_busy_groups_explain_is_told_apart() -> None:
     assert report.nulls.within_groups is not None
     told = distance_finding(report.nulls)
     assert told.startswith("At 15 of 15 distances layers correlate more than with experts in random order")
-    assert " Among experts of the same of the router's 4 groups they do at no distance (p = 0." in told
+    assert (
+        " Within the router's 4 groups of experts, whichever of them are busy, they do at no distance (p = 0." in told
+    )
     assert "groups" not in distance_finding(plain.nulls)
     within = distance_against_chance(report.nulls).data
     assert [trace.name for trace in within if trace.name and "groups" in trace.name] == [

@@ -100,7 +100,7 @@ def test_evenness_phases_pairs_and_placement_are_told(used: ExpertsUsed) -> None
     assert f"hold {held:.1%} of a layer's pairs beyond chance in the median layer" in together
     assert f"clusters found in the same way would hold {chance:.1%}." in together
     short = int((used.coverage.seen < 128).sum())
-    assert covered.startswith(f"{short} of 24 experts were reached by fewer than 128 tokens. About ")
+    assert covered.startswith(f"Fewer than 128 tokens reached {short} of 24 experts. About ")
     rows = together_table(used.coactivation)[2]  # type: ignore[arg-type, index]
     assert rows[0][:4] == (1, 2, 5, observed)
 
@@ -111,8 +111,8 @@ def test_experts_that_few_tokens_reached_are_told_with_what_would_do(used: Exper
     few = expert_coverage(counts, 800, 128, (EXPERTS,) * LAYERS, range(LAYERS))
     told = use_findings(replace(used, coverage=few))[-1]
     assert told == (
-        "2 of 24 experts were reached by fewer than 128 tokens. About 2,048 tokens of this kind would be enough for "
-        "all but the 1 never chosen."
+        "Fewer than 128 tokens reached 2 of 24 experts. About 2,048 tokens of this kind would be enough for all but "
+        "the 1 never chosen."
     )
     counts[0, 3] = 200
     never = expert_coverage(counts, 800, 128, (EXPERTS,) * LAYERS, range(LAYERS))
