@@ -26,6 +26,7 @@ MOST_NUMBERED = 12
 MOST_NOISE_LINES = 4
 """With more comparisons than this, one line shows the highest noise of all of them."""
 LONGEST_LABEL = 40
+LONGEST_TICK = 18
 DASHES = ("solid", "longdash", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 UNSURE_OPACITY = 0.4
@@ -121,7 +122,9 @@ def distance_matrix(every: EveryDistance, measure: Measure, subject: str = "") -
     """
     figure = theme.new_figure(f"Mean distance in {NAMES[measure]}", subject, "", "")
     views = {"jensen_shannon": "Jensen-Shannon (bits)", "total_variation": "total variation (share)"}
-    names = [_label(name) for name in every.names]
+    places = list(range(len(every.names)))
+    ticks = [theme.plain(clip(name, LONGEST_TICK)) for name in every.names]
+    both = [[(_label(row), _label(column)) for column in every.names] for row in every.names]
     matrices = []
     for view in views:
         mean = mean_over_layers(getattr(every.between, view))
@@ -133,19 +136,20 @@ def distance_matrix(every: EveryDistance, measure: Measure, subject: str = "") -
         figure.add_trace(
             go.Heatmap(
                 z=mean,
-                x=names,
-                y=names,
+                x=places,
+                y=places,
+                customdata=both,
                 name=view,
                 colorscale=theme.SEQUENTIAL,
                 zmin=0.0,
-                colorbar={"title": {"text": theme.bar_title(name)}},
+                colorbar={"title": {"text": theme.bar_title(name)}, "nticks": 5},
                 hoverongaps=False,
-                texttemplate="%{z:.3~g}" if len(names) <= MOST_NUMBERED else None,
-                hovertemplate=f"%{{y}} and %{{x}}<br>%{{z:.4~g}} {name}<extra></extra>",
+                texttemplate="%{z:.3~g}" if len(places) <= MOST_NUMBERED else None,
+                hovertemplate=f"%{{customdata[0]}} and %{{customdata[1]}}<br>%{{z:.4~g}} {name}<extra></extra>",
             )
         )
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_xaxes(tickvals=places, ticktext=ticks)
+    figure.update_yaxes(tickvals=places, ticktext=ticks, autorange="reversed")
     figure.update_layout(plot_bgcolor=theme.NO_DATA_COLOUR)
     theme.add_view_buttons(figure, [name.rsplit(" (", 1)[0] for name in views.values()])
     return figure

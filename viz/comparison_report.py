@@ -149,7 +149,7 @@ def _every_section(data: ComparisonData, figure: go.Figure) -> list[Section]:
             "Mean distance over the layers. On the diagonal: the distance between two halves of one, an upper estimate "
             "of what the draw of prompts does.",
             figure,
-            int(np.clip(36 * len(data.every.names) + 220, 380, 900)),
+            int(np.clip(36 * len(data.every.names) + 320, 460, 900)),
             page=EVERY_FIGURE,
         )
     ]

@@ -367,7 +367,7 @@ def test_more_than_two_are_held_against_each_other() -> None:
     trace = distance_matrix(every, data.measure).data[0]
     assert trace.z[0][2] == pytest.approx(every.between.jensen_shannon[0, 2].mean())
     assert trace.z[1][1] == pytest.approx(within.distances.jensen_shannon.mean())
-    assert list(trace.x) == ["base", "again", "moved"]
+    assert list(trace.customdata[1][2]) == ["again", "moved"]
     near = every.between.jensen_shannon[0, 1].mean()
     (told,) = every_finding(every)
     assert told.startswith(f"of all 3, closest together: base and again ({near:.4f} bits); furthest apart: ")
