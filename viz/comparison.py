@@ -121,7 +121,7 @@ def distance_matrix(every: EveryDistance, measure: Measure, subject: str = "") -
         subject: what was compared, for the second line of the title.
     """
     figure = theme.new_figure(f"Mean distance in {NAMES[measure]}", subject, "", "")
-    views = {"jensen_shannon": "Jensen-Shannon (bits)", "total_variation": "total variation (share)"}
+    views = {"jensen_shannon": "Jensen-Shannon (bits)", "total_variation": "Total variation (share)"}
     places = list(range(len(every.names)))
     ticks = [theme.plain(clip(name, LONGEST_TICK)) for name in every.names]
     both = [[(_label(row), _label(column)) for column in every.names] for row in every.names]
