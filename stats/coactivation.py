@@ -10,9 +10,6 @@ from scipy.cluster.hierarchy import linkage
 from moescope.stats.layout import check_ascending
 
 ITERATIONS = 500
-CHANCE_DRAWS = 3
-"""Draws of a layer without clusters; over many pairs one is much like another."""
-
 EXACT, CLOSE = 1e-12, 1e-9
 """Error of the experts' shares at which weights are found, and that which is taken when iterations are used up."""
 
@@ -62,9 +59,10 @@ class Coactivation:
         clusters: (L, E) int64, cluster of each expert, numbered by size from 0; -1 in the padding and for experts in no
             cluster.
         modularity: (L,) float64, share of a layer's pairs inside clusters beyond chance; 0 without clusters.
-        chance_modularity: (L,) float64, the same where there is nothing to cluster: of counts drawn by Poisson around
-            `expected`, clustered likewise, the mean of a few draws. Draws do not keep each expert's total, which puts
-            it a little too high. As tokens of a prompt are not independent, to lie above it is no test.
+        chance_modularity: (L,) float64, the same where there is nothing to cluster: of counts drawn once by Poisson
+            around `expected`, clustered likewise. The draw does not keep each expert's total, which puts it a little
+            too high; over many pairs, or layers, one draw is much like another. As tokens of a prompt are not
+            independent, to lie above it is no test.
     """
 
     layers: tuple[int, ...]
@@ -120,7 +118,7 @@ def coactivation(
         tokens: tokens routed, T.
         experts: (L,) routed experts; rows and columns beyond a layer's number are padding.
         layers: (L,) true model indices, ascending.
-        seed: seed of the draws behind `chance_modularity`.
+        seed: seed of the draw behind `chance_modularity`.
 
     Raises:
         ValueError: if shapes disagree or layers do not ascend.
@@ -149,9 +147,8 @@ def coactivation(
         if k > 1 and np.isfinite(chance).all():
             np.fill_diagonal(beyond, 0.0)
             clusters[row, own], modularity[row] = _clusters(beyond, excess[row, own, own], k)
-            drawn = [_drawn_by_chance(rng, tokens * chance) / tokens for _ in range(CHANCE_DRAWS)]
-            gains = [_clusters(noise, noise / np.outer(spread, spread), k)[1] for noise in drawn]
-            chance_modularity[row] = np.mean(gains)
+            noise = _drawn_by_chance(rng, tokens * chance) / tokens
+            _, chance_modularity[row] = _clusters(noise, noise / np.outer(spread, spread), k)
     return Coactivation(
         layers=tuple(int(layer) for layer in layers),
         experts=tuple(int(width) for width in experts),
