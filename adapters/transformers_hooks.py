@@ -132,6 +132,7 @@ def bind(model: Any, name: str) -> Binding:
         scoring=family.scoring,
         layers=tuple(layer.info for layer in layers),
         fingerprint=_fingerprint(layers),
+        groups=_router_groups(layers[0].router),
     )
     unchecked = set(range(len(layers))) if family.proportional else set()
     return Binding(info, family, model.base_model, tuple(layers), unchecked)
@@ -158,6 +159,13 @@ def _layer_sizes(model: Any, experts: nn.Module, router: nn.Module) -> tuple[int
     if not isinstance(top_k, int):
         top_k = config.num_experts_per_tok
     return int(count), int(top_k)
+
+
+def _router_groups(router: nn.Module) -> int:
+    """Groups of experts that a router first chooses among."""
+    if getattr(router, "topk_method", None) == "greedy":  # DeepSeek-V2 says so where its groups have no say
+        return 1
+    return int(getattr(router, "num_group", None) or 1)
 
 
 def _router_weight(layer: MoeLayer) -> Tensor:

@@ -138,6 +138,7 @@ class VllmEngine:
             scoring=self._about["scoring"],
             layers=tuple(layers),
             fingerprint=None if self._routers is None else router_fingerprint(self._routers),
+            groups=self._about["groups"],
         )
         self.info = engine_info(self._about)
         self.vocabulary = int(self._about["vocabulary"])

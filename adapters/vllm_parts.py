@@ -43,6 +43,7 @@ class Part:
         created: Start of the run, ISO 8601, UTC.
         settings: What was asked for.
         fingerprint: Of the model, where this rank holds all its layers.
+        groups: Groups of experts that its routers first choose among.
     """
 
     layers: tuple[LayerInfo, ...]
@@ -56,6 +57,7 @@ class Part:
     created: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    groups: int = 1
 
 
 def save_part(part: Part, path: Path) -> None:
@@ -71,6 +73,7 @@ def save_part(part: Part, path: Path) -> None:
             for name in ("scoring", "domains", "rank", "requests", "description", "run", "created", "settings")
         },
         "fingerprint": part.fingerprint,
+        "groups": part.groups,
         "version": __version__,
     }
     arrays = {name: getattr(part.sums, name) for name in _FIELDS}
@@ -97,6 +100,7 @@ def load_part(path: Path) -> Part:
                 name: about[name]
                 for name in ("scoring", "rank", "requests", "description", "run", "created", "settings", "fingerprint")
             },
+            groups=about.get("groups", 1),
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path} is not what a recording vLLM worker writes ({error})") from error
@@ -176,7 +180,14 @@ def to_profile(parts: Sequence[Part]) -> RoutingProfile:
         prompts_sha256="",
         settings={"recorded": "a server, from start to stop", **first.settings},
     )
-    model = ModelInfo(about["model"], about["architecture"], first.scoring, layers, first.fingerprint)  # type: ignore[arg-type]
+    model = ModelInfo(
+        id=about["model"],
+        architecture=about["architecture"],
+        scoring=first.scoring,  # type: ignore[arg-type]
+        layers=layers,
+        fingerprint=first.fingerprint,
+        groups=first.groups,
+    )
     totals = Totals(
         model, names, probabilities=sums.probability is not None, coactivation=sums.coactivation is not None
     )

@@ -40,6 +40,7 @@ class BoundLayer:
         gate: Router weight (E, H), or None where it was not found.
         scoring: Scoring function.
         scale: Factor that the router's weights carry.
+        groups: Groups of experts that the router first chooses among; 1 for none.
     """
 
     info: LayerInfo
@@ -48,6 +49,7 @@ class BoundLayer:
     gate: Tensor | None
     scoring: Scoring
     scale: float
+    groups: int
 
 
 def find_layers(model: Any) -> list[BoundLayer]:
@@ -100,7 +102,8 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
     weight = None if gate is None else _router_weight(gate, experts, int(config.hidden_dim))
     if weight is not None and not torch.isfinite(weight).all():
         raise ModelError(f"{where}: the router weight holds NaN or infinite values")
-    return BoundLayer(LayerInfo(int(runner.layer_id), experts, k), runner, router, weight, scoring, _scale(router))
+    info = LayerInfo(int(runner.layer_id), experts, k)
+    return BoundLayer(info, runner, router, weight, scoring, _scale(router), _groups(router))
 
 
 def _router_weight(gate: Any, experts: int, hidden: int) -> Tensor | None:
@@ -124,6 +127,13 @@ def _scale(router: Any) -> float:
     if grouped is False:  # CPURouter multiplies in its grouped branch alone
         return 1.0
     return 1.0 if _falls_back(router) else scale
+
+
+def _groups(router: Any) -> int:
+    """Groups of experts that a router first chooses among."""
+    if getattr(router, "use_grouped_topk", True) is False or _falls_back(router):
+        return 1
+    return int(getattr(router, "num_expert_group", None) or 1)
 
 
 def _falls_back(router: Any) -> bool:

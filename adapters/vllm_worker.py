@@ -518,6 +518,7 @@ class WorkerRecorder:
             "rank": self.rank,
             "layers": [(layer.info.index, layer.info.experts, layer.info.top_k) for layer in self._layers],
             "scoring": self._layers[0].scoring if self._layers else None,
+            "groups": self._layers[0].groups if self._layers else None,
             "routers": sorted({type(layer.router).__name__ for layer in self._layers}),
             "bytes": self.recorder.nbytes if self.recorder is not None else 0,
             "capacity": self.recorder.capacity if self.recorder is not None else 0,
@@ -601,6 +602,7 @@ class WorkerRecorder:
         return Part(
             layers=tuple(layer.info for layer in self._layers),
             scoring=self._layers[0].scoring,
+            groups=self._layers[0].groups,
             domains=tuple(self._domains) if self.settings.serving else (),
             rank=self.rank,
             requests=self._requests,

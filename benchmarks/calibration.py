@@ -62,6 +62,13 @@ def drift(rng: np.random.Generator, layers: int, experts: int) -> Array:
     return (1 - depth) * first + depth * last + 0.5 * rng.normal(size=(layers, experts))
 
 
+def turning(rng: np.random.Generator, layers: int, experts: int) -> Array:
+    """Popularity that turns from one to another in the middle of the depth, with little noise of a layer's own."""
+    turned = 1 / (1 + np.exp(-12 * (np.linspace(0, 1, layers)[:, None] - 0.5)))
+    first, last = rng.normal(size=(2, 1, experts))
+    return (1 - turned) * first + turned * last + 0.2 * rng.normal(size=(layers, experts))
+
+
 def deepening(rng: np.random.Generator, layers: int, experts: int) -> Array:
     """One popularity for all layers, the stronger the deeper they lie."""
     return np.linspace(0, 1, layers)[:, None] * rng.normal(size=experts) + 0.5 * rng.normal(size=(layers, experts))
@@ -115,6 +122,8 @@ NOTHING = UNALIGNED | {
     "blocks of 6, unlike": _plain(partial(blocks, size=6, within=0.9, between=0.0)),
     "drift with depth": _plain(drift),
     "stronger with depth": _plain(deepening),
+    "blocks of 12, near copies": _plain(partial(blocks, size=12, within=0.98, between=0.0)),
+    "a turn in the middle": _plain(turning),
 }
 """Kinds of nothing without a period."""
 
@@ -164,10 +173,18 @@ def holm(p: Iterable[float]) -> list[float]:
     return corrected.tolist()
 
 
-def alarms(layers: int, experts: int, profiles: int, simulations: int, seed: int, processes: int) -> Iterator[Looks]:
+def alarms(
+    layers: int,
+    experts: int,
+    profiles: int,
+    simulations: int,
+    seed: int,
+    processes: int,
+    kinds: Iterable[str] = tuple(NOTHING),
+) -> Iterator[Looks]:
     """Every test on many runs of every kind that it should stay silent on."""
     with ProcessPoolExecutor(processes) as pool:
-        for kind in NOTHING:
+        for kind in kinds:
             one = partial(alarm, kind, layers, experts, simulations, seed)
             period, found, largest, first = np.array(list(pool.map(one, range(profiles), chunksize=10))).T.tolist()
             yield Looks(kind, "a period", period, sum(found) / profiles)
@@ -178,9 +195,9 @@ def alarms(layers: int, experts: int, profiles: int, simulations: int, seed: int
 
 def nothing(options: argparse.Namespace) -> None:
     """Share of false alarms, and how uniform p-values are, over all kinds of nothing."""
-    rows = list(
-        alarms(options.layers, options.experts, options.profiles, options.simulations, options.seed, options.processes)
-    )
+    kinds = options.kinds.split("; ") if options.kinds else NOTHING
+    size = (options.layers, options.experts, options.profiles, options.simulations)
+    rows = list(alarms(*size, options.seed, options.processes, kinds))
     uniform = holm(kstest(row.p, "uniform").pvalue for row in rows)
     print(f"{options.profiles} runs a kind, {options.layers} layers, {options.experts} experts, seed {options.seed}\n")
     print("| kind | test | p ≤ 0.05 | p ≤ 0.01 | reported | mean p | uniform, corrected |")
@@ -233,8 +250,9 @@ def power(options: argparse.Namespace) -> None:
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Seconds that the statistics of the largest models take."""
-    print("| layers × experts | part | seconds |\n|---|---|---:|")
+    """Seconds that the statistics of the largest models take, and how long the processor worked on them."""
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    print("| layers × experts | part | seconds | CPU seconds |\n|---|---|---:|---:|")
     for layers, experts in ((94, 128), (62, 256)):
         rng = np.random.default_rng(options.seed)
         run = drawn_run(SPREAD * rng.normal(size=(layers, experts)), rng)
@@ -248,9 +266,10 @@ def speed(options: argparse.Namespace) -> None:
             "reliability": partial(layer_reliability, run, (experts,) * layers, range(layers), activation.tokens),
         }
         for name, part in parts.items():
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             part()
-            print(f"| {layers} × {experts} | {name} | {time.perf_counter() - start:.2f} |", flush=True)
+            took, worked = time.perf_counter() - start, time.process_time() - worked
+            print(f"| {layers} × {experts} | {name} | {took:.2f} | {worked:.2f} |", flush=True)
     print(f"\nmost memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
@@ -261,6 +280,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--kinds", help=f"some kinds of nothing, with '; ' between them: {'; '.join(NOTHING)}")
     parser.add_argument("--profiles", type=int, help="runs of a kind or row: 500 of nothing, 40 of a period")
     parser.add_argument("--simulations", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)

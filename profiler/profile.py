@@ -86,6 +86,8 @@ class ModelInfo:
         scoring: The router's scoring function over all experts.
         layers: MoE layers in model order.
         fingerprint: sha256 over the router weights cast to bfloat16, in layer order; None if unknown.
+        groups: Groups of neighbouring experts, of equal size, that a router first chooses among (`n_group`); 1 where it
+            chooses among all experts at once.
     """
 
     id: str
@@ -93,6 +95,7 @@ class ModelInfo:
     scoring: Scoring
     layers: tuple[LayerInfo, ...]
     fingerprint: str | None = None
+    groups: int = 1
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -368,6 +371,8 @@ def _check_description(model: ModelInfo, domains: Sequence[str]) -> None:
         raise ProfileError("layer indices must be distinct, non-negative and in order")
     if any(not 1 <= layer.top_k <= layer.experts for layer in model.layers):
         raise ProfileError("a layer's top_k must lie between 1 and its number of experts")
+    if model.groups < 1 or any(layer.experts % model.groups for layer in model.layers):
+        raise ProfileError(f"a router's groups must divide the experts of every layer; {model.groups} do not")
     if not 1 <= len(domains) <= MAX_DOMAINS:
         raise ProfileError(f"a profile has 1 to {MAX_DOMAINS} domains, not {len(domains)}")
     if list(domains) != sorted(set(domains)):
@@ -463,12 +468,12 @@ def _common_fingerprint(parts: Sequence[RoutingProfile]) -> str | None:
 
 
 def _require_same_model(one: ModelInfo, two: ModelInfo) -> None:
-    for name in ("architecture", "scoring", "layers", "fingerprint"):
+    for name in ("architecture", "scoring", "layers", "groups", "fingerprint"):
         left, right = getattr(one, name), getattr(two, name)
         if name == "fingerprint" and (left is None or right is None):
             name, left, right = "id", one.id, two.id
         if left != right:
-            what = {"layers": "MoE layers", "fingerprint": "router weights"}.get(name, name)
+            what = {"layers": "MoE layers", "groups": "router groups", "fingerprint": "router weights"}.get(name, name)
             shown = "" if name in ("layers", "fingerprint") else f" ({left!r} and {right!r})"
             raise ProfileError(
                 f"profiles of different models cannot be merged: {one.id} and {two.id}: {what} differ{shown}"
@@ -486,6 +491,7 @@ def header(profile: RoutingProfile) -> str:
                 "architecture": model.architecture,
                 "scoring": model.scoring,
                 "fingerprint": model.fingerprint,
+                "groups": model.groups,
                 "layers": [{"index": i.index, "experts": i.experts, "top_k": i.top_k} for i in model.layers],
             },
             "domains": list(profile.domains),
@@ -545,6 +551,7 @@ def parse_header(text: str) -> dict[str, Any]:
                 model["scoring"],
                 tuple(LayerInfo(int(i["index"]), int(i["experts"]), int(i["top_k"])) for i in model["layers"]),
                 model.get("fingerprint"),
+                int(model.get("groups", 1)),  # files of before it was kept have none
             ),
             "domains": tuple(str(domain) for domain in data["domains"]),
             "created": str(data["created"]),

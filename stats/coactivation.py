@@ -59,6 +59,10 @@ class Coactivation:
         clusters: (L, E) int64, cluster of each expert, numbered by size from 0; -1 in the padding and for experts in no
             cluster.
         modularity: (L,) float64, share of a layer's pairs inside clusters beyond chance; 0 without clusters.
+        chance_modularity: (L,) float64, the same where there is nothing to cluster: of counts drawn once by Poisson
+            around `expected`, clustered likewise. The draw does not keep each expert's total, which puts it a little
+            too high; over many pairs, or layers, one draw is much like another. As tokens of a prompt are not
+            independent, to lie above it is no test.
     """
 
     layers: tuple[int, ...]
@@ -68,6 +72,7 @@ class Coactivation:
     excess: NDArray[np.float64]
     clusters: NDArray[np.int64]
     modularity: NDArray[np.float64]
+    chance_modularity: NDArray[np.float64]
 
     def strongest(self, top: int = 20, least: float = 5.0) -> tuple[ExpertPair, ...]:
         """The pairs of the largest excess.
@@ -95,12 +100,17 @@ class Coactivation:
 
 
 def coactivation(
-    pairs: NDArray[np.int64], top_k: Sequence[int], tokens: int, experts: Sequence[int], layers: Sequence[int]
+    pairs: NDArray[np.int64],
+    top_k: Sequence[int],
+    tokens: int,
+    experts: Sequence[int],
+    layers: Sequence[int],
+    seed: int = 0,
 ) -> Coactivation:
     """Hold pairs against the chance level, and cluster the experts of each layer.
 
     Clusters: average linkage on the excess, cut where the modularity of M. Newman (PNAS 103, 2006), with this chance
-    level in the place of his, is largest. Noise too has a cut, so look at the modularity.
+    level in the place of his, is largest. Noise too has a cut: `chance_modularity` says how large one.
 
     Args:
         pairs: (L, E, E) int64, tokens that chose both; the diagonal is the selection counts.
@@ -108,6 +118,7 @@ def coactivation(
         tokens: tokens routed, T.
         experts: (L,) routed experts; rows and columns beyond a layer's number are padding.
         layers: (L,) true model indices, ascending.
+        seed: seed of the draw behind `chance_modularity`.
 
     Raises:
         ValueError: if shapes disagree or layers do not ascend.
@@ -121,7 +132,8 @@ def coactivation(
     check_ascending(layers)
     expected, excess = np.zeros(pairs.shape), np.full(pairs.shape, np.nan)
     clusters = np.full(pairs.shape[:2], -1, np.int64)
-    modularity = np.full(len(pairs), np.nan)
+    modularity, chance_modularity = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
+    rng = np.random.default_rng(seed)
     shares = np.diagonal(pairs, axis1=1, axis2=2) / np.where(tokens > 0, float(tokens), np.nan)
     for row, (width, k) in enumerate(zip(experts, top_k, strict=True)):
         own = slice(width)
@@ -135,6 +147,8 @@ def coactivation(
         if k > 1 and np.isfinite(chance).all():
             np.fill_diagonal(beyond, 0.0)
             clusters[row, own], modularity[row] = _clusters(beyond, excess[row, own, own], k)
+            noise = _drawn_by_chance(rng, tokens * chance) / tokens
+            _, chance_modularity[row] = _clusters(noise, noise / np.outer(spread, spread), k)
     return Coactivation(
         layers=tuple(int(layer) for layer in layers),
         experts=tuple(int(width) for width in experts),
@@ -143,6 +157,7 @@ def coactivation(
         excess=excess,
         clusters=clusters,
         modularity=modularity,
+        chance_modularity=chance_modularity,
     )
 
 
@@ -222,6 +237,15 @@ def _pairs(weights: NDArray[np.float64], k: int) -> NDArray[np.float64]:
         both = product * (1 - share[:, None] - share[None, :] + both)
         both *= size * (size - 1) / both.sum()
     return both
+
+
+def _drawn_by_chance(rng: np.random.Generator, expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(E, E) symmetric, what counts drawn around those expected have beyond them; the diagonal is 0."""
+    above = np.triu_indices(len(expected), k=1)
+    level = np.maximum(expected[above], 0.0)  # rounding may leave a pair that cannot be just below
+    noise = np.zeros(expected.shape)
+    noise[above] = rng.poisson(level) - level
+    return noise + noise.T
 
 
 def _clusters(beyond: NDArray[np.float64], excess: NDArray[np.float64], k: int) -> tuple[NDArray[np.int64], float]:

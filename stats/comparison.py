@@ -16,6 +16,8 @@ from moescope.stats.split_shares import SplitShares, contrast_of_two, positive, 
 PARTITIONS = 64
 """Random halvings that a within-run level is averaged over."""
 
+LEVEL = 0.05
+
 REPLICATES = 999
 """Draws of the noise that a layer's distance is held against."""
 
@@ -141,6 +143,18 @@ class Change:
     paired: bool
     replicates: int
     seed: int
+
+    @property
+    def layers_changed(self) -> NDArray[np.bool_]:
+        """(L,) layers that differ at the 5% level for all layers together."""
+        changed: NDArray[np.bool_] = self.layer_p_corrected <= LEVEL
+        return changed
+
+    @property
+    def experts_changed(self) -> NDArray[np.bool_]:
+        """(L, E) experts that differ at the 5% level for all experts of all layers together."""
+        changed: NDArray[np.bool_] = self.p_corrected <= LEVEL
+        return changed
 
 
 def distances(one: NDArray[np.float64], two: NDArray[np.float64], experts: Sequence[int]) -> Distances:

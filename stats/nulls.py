@@ -104,7 +104,8 @@ class LayerNulls:
         divergence: (L, L) float64, Jensen-Shannon divergence, bits.
         free: Pearson against any order of the experts.
         ranks: Spearman against the same orders.
-        within_groups: Pearson against orders within the router's groups of experts; None without groups.
+        groups: groups of experts that the router first chooses among; 1 for none.
+        within_groups: Pearson against orders within these groups; None without groups.
         without_dead: Pearson and its null over the experts that are used in every layer; None where all are.
         dead_experts: experts without use in some layer that has others, left out in `without_dead`.
         distances: the divergence against chance.
@@ -119,6 +120,7 @@ class LayerNulls:
     divergence: NDArray[np.float64]
     free: CorrelationNull
     ranks: CorrelationNull
+    groups: int
     within_groups: CorrelationNull | None
     without_dead: CorrelationNull | None
     dead_experts: tuple[int, ...]
@@ -180,6 +182,7 @@ def layer_nulls(
         divergence=divergence,
         free=free,
         ranks=ranks,
+        groups=groups,
         within_groups=within_groups,
         without_dead=without_dead,
         dead_experts=tuple(dead.tolist()),

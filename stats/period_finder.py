@@ -35,7 +35,7 @@ class PeriodNull:
     """What a scan of all periods gives where there is none.
 
     Attributes:
-        mean: (P,) float64, mean of the statistic.
+        mean: (P,) float64, mean of the statistic, over the simulated scans and the observed one.
         sd: (P,) float64, its standard deviation.
         effect_quantiles: (3, P) float64, 2.5%, 50% and 97.5% quantiles of the effect.
         p: (P,) float64, for each period as if nobody had looked at another.
@@ -317,8 +317,10 @@ def _null(comb: _Comb, observed: _Scan, scans: Iterator[_Scan], simulations: int
     statistic = np.concatenate([part.statistic for part in parts])
     effect = np.concatenate([part.effect for part in parts])
     error = np.concatenate([part.error for part in parts])
-    mean = statistic.mean(axis=0)
-    sd = np.maximum(statistic.std(axis=0), TIE)
+    # the observed scan among them: as one of all it stands out no more often than any other, however few there are
+    everything = np.concatenate([observed.statistic, statistic])
+    mean = everything.mean(axis=0)
+    sd = np.maximum(everything.std(axis=0), TIE)
     largest = ((statistic - mean) / sd).max(axis=1)
     found = (observed.statistic[0] - mean) / sd
     p_family = (1 + (largest[:, None] >= found - TIE).sum(axis=0)) / (1 + simulations)

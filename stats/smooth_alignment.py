@@ -13,8 +13,12 @@ DECAYS = (0.3, 0.5, 0.65, 0.75, 0.82, 0.87, 0.91, 0.94, 0.96, 0.975, 0.985, 0.99
 TREND_LENGTHS = (0.25, 0.5, 1.0)
 """Lengths, as shares of the depth, of drifts so smooth that they have no kink at distance 0."""
 
+RAMPS = ((0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0))
+"""Stretches, as shares of the depth, over which a part of the alignment may fade in or out with depth: too long for any
+period that is looked at, which is at most half of the depth."""
+
 LARGEST_ALIGNMENT = 0.999
-"""Sum of the weights at most, so that no two layers are equal."""
+"""Share of a layer that is aligned at most, so that no two layers are equal."""
 
 PASSES = 2
 """Fits in turn: the first with equal weights, the next by what is left of the spread of so high a correlation."""
@@ -29,8 +33,6 @@ NEIGHBOURHOOD = 7
 """Steps between layers among which a jump is looked for."""
 
 USUAL_PERCENTILE = 70
-STEP_FLOOR = 0.02
-"""Share of the depth that is spread evenly even where correlation falls only in jumps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,64 +51,79 @@ class SmoothAlignment:
 
 
 def smooth_alignment(correlation: NDArray[np.float64], positions: NDArray[np.float64], experts: int) -> SmoothAlignment:
-    """Fit alignment that only decays with distance.
+    """Fit alignment that only decays with distance and changes slowly with depth.
 
-    Between two layers at distance t it is Σ a_k ρ_k^t + Σ b_m exp(-(t/ℓ_m)²/2) with weights a, b ≥ 0 by least squares
-    over all pairs (C. L. Lawson and R. J. Hanson, Solving Least Squares Problems, 1974), each weighted by the precision
-    1/(1 - r²) of its correlation: any mixture of exponential decays, a plateau, slow drifts, and noise of each layer's
-    own. All terms fall with t, so a period cannot enter, and all are positive definite, so their mixture is.
+    Two layers share independent parts. A part correlates by ρ^t or exp(-(t/ℓ)²/2) at distance t, and is there in all
+    depths alike, or fades in or out along a ramp: over layers i and j it is e(i) e(j) κ(|i - j|). Their weights, none
+    negative, are fitted by least squares over all pairs (C. L. Lawson and R. J. Hanson, Solving Least Squares Problems,
+    1974), each weighted by the precision 1/(1 - r²) of its correlation: any mixture of exponential decays, a plateau,
+    drifts from one alignment to another, alignment that depth strengthens or weakens, and noise of each layer's own.
+    All parts fall with distance and change slowly with depth, so a period cannot enter, and all are positive definite,
+    so their mixture is.
 
-    A second fit moves the layers: the more a correlation of neighbours falls short of its surroundings, the longer the
-    step, so that layers in blocks lie together. It is taken where it leaves much less of the squared error.
+    A second fit adds parts that fall in jumps: the more a correlation of neighbours falls short of its surroundings,
+    the further they lie apart, so that layers in blocks lie together. It is taken where it leaves much less of the
+    squared error.
 
     Args:
         correlation: (n, n) float64, correlation of the layers, n ≥ 2.
         positions: (n,) float64, ascending, where the layers lie.
         experts: experts behind each correlation.
     """
-    first, second = np.triu_indices(len(positions), 1)
-    seen = correlation[first, second]
-    degrees = max(experts - 1, 1)
-    even, even_error = _fit(positions, seen)
+    depth = positions[-1] - positions[0]
+    strengths = _strengths((positions - positions[0]) / depth)
+    decays = _decays(positions, depth)
+    slow = (strengths[..., None] * decays[:, :, None, :]).reshape(*correlation.shape, -1)
+    even, even_error = _fit(slow, correlation)
     best = SmoothAlignment(even, positions, jumps=False)
     neighbours = correlation.diagonal(1)
     usual = percentile_filter(neighbours, USUAL_PERCENTILE, size=NEIGHBOURHOOD, mode="nearest")
-    fall = np.maximum(usual - neighbours - (1 - usual**2) / np.sqrt(degrees), 0.0)
+    fall = np.maximum(usual - neighbours - (1 - usual**2) / np.sqrt(max(experts - 1, 1)), 0.0)
     if fall.any():
-        depth = positions[-1] - positions[0]
-        steps = (1 - STEP_FLOOR) * depth * fall / fall.sum() + STEP_FLOOR * np.diff(positions)
-        moved = positions[0] + np.concatenate([[0.0], np.cumsum(steps)])
-        uneven, uneven_error = _fit(moved, seen)
+        moved = positions[0] + depth * np.concatenate([[0.0], np.cumsum(fall / fall.sum())])
+        uneven, uneven_error = _fit(np.concatenate([slow, _decays(moved, depth)], axis=2), correlation)
         if uneven_error < JUMP_ERROR * even_error:
             best = SmoothAlignment(uneven, moved, jumps=True)
     return best
 
 
-def _fit(positions: NDArray[np.float64], seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Covariance (n, n) at these positions that is closest to what is seen, and its squared error."""
-    distance = np.abs(positions[:, None] - positions)
-    lengths = np.asarray(TREND_LENGTHS) * (positions[-1] - positions[0])
-    terms = np.concatenate(
-        [np.asarray(DECAYS) ** distance[..., None], np.exp(-0.5 * (distance[..., None] / lengths) ** 2)], axis=-1
-    )
-    above = np.triu_indices(len(positions), 1)
-    columns = terms[above]
-    precision = np.ones(len(seen))
+def _strengths(place: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, n, S) product of a part's strengths in two layers; `place` (n,) is their depth from 0 to 1."""
+    rising = np.stack([np.interp(place, ramp, (0.0, 1.0)) for ramp in RAMPS], axis=1)
+    strength = np.concatenate([np.ones((len(place), 1)), rising, 1 - rising], axis=1)
+    products: NDArray[np.float64] = strength[:, None] * strength
+    return products
+
+
+def _decays(positions: NDArray[np.float64], depth: float) -> NDArray[np.float64]:
+    """(n, n, K) how a part of strength 1 correlates between two layers."""
+    distance = np.abs(positions[:, None] - positions)[..., None]
+    lengths = np.asarray(TREND_LENGTHS) * depth
+    return np.concatenate([np.asarray(DECAYS) ** distance, np.exp(-0.5 * (distance / lengths) ** 2)], axis=2)
+
+
+def _fit(parts: NDArray[np.float64], seen: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """Mixture (n, n) of parts (n, n, T) that is closest to the correlation seen (n, n), and its squared error."""
+    above = np.triu_indices(len(seen), 1)
+    columns = parts[above]
+    precision = np.ones(len(columns))
     for _ in range(PASSES):
-        weights = _weights(columns * precision[:, None], seen * precision)
-        precision = 1 / np.maximum(1 - (columns @ weights) ** 2, LEAST_SPREAD)
-    covariance = terms @ weights
-    error = float(np.square(seen - covariance[above]).sum())
-    np.fill_diagonal(covariance, 1.0)
-    return covariance, error
+        mixture = parts @ _weights(columns * precision[:, None], seen[above] * precision)
+        aligned = np.maximum(mixture.diagonal(), np.finfo(float).tiny)
+        shrunk = np.sqrt(np.minimum(1.0, LARGEST_ALIGNMENT / aligned))
+        mixture *= shrunk[:, None] * shrunk
+        precision = 1 / np.maximum(1 - mixture[above] ** 2, LEAST_SPREAD)
+    error = float(np.square(seen[above] - mixture[above]).sum())
+    np.fill_diagonal(mixture, 1.0)
+    return mixture, error
 
 
 def _weights(columns: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights ≥ 0 of the terms, of sum below 1, by least squares."""
-    # normal equations: a handful of columns over thousands of pairs; the ridge keeps near twins apart
+    """Weights ≥ 0 of the columns by least squares."""
+    # normal equations: some hundred columns over thousands of pairs; the ridge keeps near twins apart
     gram = columns.T @ columns
     gram += 1e-8 * np.trace(gram) / len(gram) * np.eye(len(gram))
     factor = np.linalg.cholesky(gram)
     weights, _ = nnls(factor.T, np.linalg.solve(factor, columns.T @ seen))
-    scaled: NDArray[np.float64] = weights * min(1.0, LARGEST_ALIGNMENT / max(weights.sum(), np.finfo(float).tiny))
-    return scaled
+    found: NDArray[np.float64] = weights
+    return found

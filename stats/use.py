@@ -13,6 +13,9 @@ from moescope.stats.layout import check_ascending, padding_mask
 HOT = 2.0
 """Times the mean load from which an expert is called hot."""
 
+LEAST_TOKENS = 128
+"""Tokens that an expert should see where a quantisation is calibrated, unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertUse:

@@ -24,7 +24,7 @@ from moescope.stats.placement import held_out_placement
 from moescope.stats.reliability import layer_reliability
 from moescope.stats.similarity import router_similarity, similarity_at_distances
 from moescope.stats.specialisation import specialisation
-from moescope.stats.use import expert_use, phase_contrast
+from moescope.stats.use import LEAST_TOKENS, expert_coverage, expert_use, phase_contrast
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
 
@@ -124,7 +124,9 @@ def analyze(
     full = correlation if reach == delta_max or not correlate else layer_correlation(views[measure], reach)
     counts = profile.selection_counts.sum(axis=(0, 1))
     splits = profile.split_counts.sum(axis=1)
-    nulls, period = _against_chance(views[measure], splits, permutations) if correlate else (None, None)
+    nulls, period = (
+        _against_chance(views[measure], splits, profile.model.groups, permutations) if correlate else (None, None)
+    )
     similarity = None
     if router_weights:
         similarity = router_similarity(router_weights, layers, delta_max)
@@ -142,6 +144,7 @@ def analyze(
         model_id=profile.model.id,
         architecture=profile.model.architecture,
         scoring=profile.model.scoring,
+        groups=profile.model.groups,
         engine="; ".join(sorted(engines)),
         versions={"moescope": profile.version, **versions},
         created=profile.created,
@@ -182,6 +185,9 @@ def _used(profile: "RoutingProfile", frequency: Activation) -> ExpertsUsed:
         placement=held_out_placement(profile.split_counts.sum(axis=1), experts, layers, gpus, gpus)
         if gpus is not None and alike
         else None,
+        coverage=expert_coverage(
+            profile.selection_counts.sum(axis=(0, 1)), profile.tokens, LEAST_TOKENS, experts, layers
+        ),
     )
 
 
@@ -192,14 +198,14 @@ def affordable_permutations(layers: int, experts: int) -> int:
 
 
 def _against_chance(
-    activation: Activation, splits: NDArray[np.int64], permutations: int | None
+    activation: Activation, splits: NDArray[np.int64], groups: int, permutations: int | None
 ) -> tuple[LayerNulls | None, PeriodFinding | None]:
     """Correlation and periods against their nulls; nothing where `permutations` is 0."""
     if permutations is None:
         permutations = affordable_permutations(*activation.matrix.shape)
     if not permutations:
         return None, None
-    nulls = layer_nulls(activation, splits, permutations=permutations)
+    nulls = layer_nulls(activation, splits, groups, permutations)
     return nulls, find_period(activation, splits, simulations=permutations)
 
 

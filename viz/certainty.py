@@ -72,14 +72,14 @@ def distance_finding(nulls: LayerNulls) -> str:
             f"At none of {null.looks} distances do layers correlate more than with experts in random order: what "
             f"stands out most is mean r = {null.mean[best]:+.2f} at Δ = {null.deltas[best]}, "
             f"{p_value(null.p_largest)} for the largest of {null.looks} looks; there, anything above "
-            f"{null.threshold[best]:+.2f} would have counted."
+            f"{null.threshold[best]:+.2f} would have counted.{_within_groups(nulls)}"
         )
     order = above[np.argsort(-null.mean[above], kind="stable")]
     listed = ", ".join(_distance(nulls, int(place)) for place in order[:MOST_LISTED])
     more = f" and {len(order) - MOST_LISTED} more" * (len(order) > MOST_LISTED)
     return (
         f"At {len(above)} of {null.looks} distances layers correlate more than with experts in random order, each with "
-        f"p ≤ {LEVEL} for all looks together: {listed}{more}.{_doubts(nulls, int(order[0]))}"
+        f"p ≤ {LEVEL} for all looks together: {listed}{more}.{_within_groups(nulls)}{_doubts(nulls, int(order[0]))}"
     )
 
 
@@ -91,6 +91,21 @@ def _distance(nulls: LayerNulls, place: int) -> str:
         f"Δ = {null.deltas[place]} (mean r {null.mean[place]:+.2f}{interval}; chance up to "
         f"{null.threshold[place]:+.2f}; {p_value(null.p_family[place])})"
     )
+
+
+def _within_groups(nulls: LayerNulls) -> str:
+    """What is left where experts change places within the router's groups alone; "" without groups."""
+    null = nulls.within_groups
+    if null is None:
+        return ""
+    among = f" Within the router's {nulls.groups} groups of experts, whichever of them are busy,"
+    above = np.flatnonzero(null.p_family <= LEVEL)
+    if not above.size:
+        return f"{among} they do at no distance ({p_value(null.p_largest)} for the largest of {null.looks} looks)."
+    order = above[np.argsort(null.p_family[above], kind="stable")]
+    listed = ", ".join(f"Δ = {null.deltas[i]} ({p_value(null.p_family[i])})" for i in order[:MOST_LISTED])
+    more = f" and {len(order) - MOST_LISTED} more" * (len(order) > MOST_LISTED)
+    return f"{among} they do at {len(above)} of {null.looks}: {listed}{more}."
 
 
 def _doubts(nulls: LayerNulls, place: int) -> str:

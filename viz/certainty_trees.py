@@ -21,10 +21,12 @@ def null_tree(nulls: LayerNulls | None, reliability: Reliability | None) -> dict
         "measure": nulls.kind,
         "layer_indices": nulls.layers,
         "num_experts": nulls.free.experts,
+        "router_groups": nulls.groups,
         "permutations": nulls.free.permutations,
         "seed": nulls.free.seed,
         "num_looks": nulls.free.looks,
         "p_value_largest": nulls.free.p_largest,
+        "within_groups_p_value_largest": None if nulls.within_groups is None else nulls.within_groups.p_largest,
         "distances": [_distance(nulls, reliability, place) for place in range(nulls.free.looks)],
         "experts_not_used_everywhere": nulls.dead_experts,
         "pair_p_values": nulls.free.cell_p,
@@ -51,6 +53,7 @@ def _distance(nulls: LayerNulls, reliability: Reliability | None, place: int) ->
         "threshold": null.threshold[place],
         "p_value": null.p[place],
         "p_value_all_looks": null.p_family[place],
+        **_within_groups(nulls, place),
         "rank_correlation": ranks["mean"],
         "rank_p_value_all_looks": ranks["p"],
         "used_everywhere_correlation": everywhere["mean"],
@@ -60,6 +63,20 @@ def _distance(nulls: LayerNulls, reliability: Reliability | None, place: int) ->
         "divergence_chance_sd": nulls.distances.null_sd[apart],
         "divergence_p_value": nulls.distances.p[apart],
     }
+
+
+def _within_groups(nulls: LayerNulls, place: int) -> dict[str, float | None]:
+    """What chance gives where experts keep to their router groups; null without groups."""
+    null = nulls.within_groups
+    found = {
+        "chance_mean": None if null is None else null.null_mean[place],
+        "chance_low": None if null is None else null.null_quantiles[0, place],
+        "chance_high": None if null is None else null.null_quantiles[2, place],
+        "threshold": None if null is None else null.threshold[place],
+        "p_value": None if null is None else null.p[place],
+        "p_value_all_looks": None if null is None else null.p_family[place],
+    }
+    return {f"within_groups_{name}": value for name, value in found.items()}
 
 
 def _at(null: CorrelationNull | None, delta: int) -> dict[str, float | None]:

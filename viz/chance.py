@@ -14,13 +14,13 @@ from moescope.viz import theme
 from moescope.viz.activation import NAMES
 from moescope.viz.correlation import distance_axes, distance_heatmap
 
-FADING_COLOUR, UNALIGNED_COLOUR = theme.LINE_COLOURS[1], theme.NEUTRAL_COLOUR
+FADING_COLOUR, UNALIGNED_COLOUR, GROUPS_COLOUR = theme.LINE_COLOURS[1], theme.NEUTRAL_COLOUR, theme.LINE_COLOURS[2]
 BAND_OPACITY = 0.3
 MOST_TICKS = 36
 
 
 def distance_against_chance(nulls: LayerNulls, subject: str = "") -> go.Figure:
-    """Mean correlation at each distance with its 95% interval, over the band that chance gives.
+    """Mean correlation at each distance with its 95% interval, over the bands that chance gives.
 
     Args:
         nulls: layer correlation and its nulls.
@@ -36,7 +36,13 @@ def distance_against_chance(nulls: LayerNulls, subject: str = "") -> go.Figure:
     if not null.deltas:
         return theme.say_no_data(figure, "No two layers can be compared: there is nothing to show.")
     _band(figure, null.deltas, null.null_quantiles[0], null.null_quantiles[2], "95% of random orders", UNALIGNED_COLOUR)
+    if nulls.within_groups is not None:
+        low, _, high = nulls.within_groups.null_quantiles
+        _band(figure, null.deltas, low, high, "95% within router groups", GROUPS_COLOUR)
     _threshold(figure, null.deltas, null.threshold, "p = 0.05 for all distances together", FADING_COLOUR)
+    if nulls.within_groups is not None:
+        threshold = nulls.within_groups.threshold
+        _threshold(figure, null.deltas, threshold, "p = 0.05 within router groups", GROUPS_COLOUR)
     low, high = nulls.intervals
     figure.add_trace(
         _points(

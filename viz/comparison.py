@@ -6,17 +6,30 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from moescope.stats.activation import Measure
+from moescope.stats.comparison import LEVEL
 from moescope.viz import theme
 from moescope.viz.activation import COLOUR_PERCENTILE, NAMES
-from moescope.viz.comparison_data import ComparedPair, ratio_in_words
+from moescope.viz.comparison_data import (
+    ComparedPair,
+    EveryDistance,
+    layer_p_values,
+    mean_over_layers,
+    moved_p_values,
+    ratio_in_words,
+)
 from moescope.viz.theme import clip
 
 MOST_BARS = 20
+MOST_NUMBERED = 12
+"""Sides up to which their distances stand in the cells."""
 MOST_NOISE_LINES = 4
 """With more comparisons than this, one line shows the highest noise of all of them."""
 LONGEST_LABEL = 40
+LONGEST_TICK = 18
 DASHES = ("solid", "longdash", "dashdot")
-SYMBOLS = ("circle", "diamond-open", "square", "x")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up")
+UNSURE_OPACITY = 0.4
 
 NO_TOKENS = "One side of every comparison has no tokens: there is nothing to compare."
 
@@ -97,6 +110,51 @@ def moved_bars(pairs: Sequence[ComparedPair], subject: str = "") -> go.Figure:
     return figure
 
 
+def distance_matrix(every: EveryDistance, measure: Measure, subject: str = "") -> go.Figure:
+    """Mean distance over the layers of each side from each; on the diagonal, that of two halves of one.
+
+    The reader switches between Jensen-Shannon divergence and total variation.
+
+    Args:
+        every: distances of all sides.
+        measure: what they rest on.
+        subject: what was compared, for the second line of the title.
+    """
+    figure = theme.new_figure(f"Mean distance in {NAMES[measure]}", subject, "", "")
+    views = {"jensen_shannon": "Jensen-Shannon (bits)", "total_variation": "Total variation (share)"}
+    places = list(range(len(every.names)))
+    ticks = [theme.plain(clip(name, LONGEST_TICK)) for name in every.names]
+    both = [[(_label(row), _label(column)) for column in every.names] for row in every.names]
+    matrices = []
+    for view in views:
+        mean = mean_over_layers(getattr(every.between, view))
+        np.fill_diagonal(mean, mean_over_layers(getattr(every.within, view)))
+        matrices.append(mean)
+    if not np.isfinite(matrices[0]).any():
+        return theme.say_no_data(figure, NO_TOKENS)
+    for (view, name), mean in zip(views.items(), matrices, strict=True):
+        figure.add_trace(
+            go.Heatmap(
+                z=mean,
+                x=places,
+                y=places,
+                customdata=both,
+                name=view,
+                colorscale=theme.SEQUENTIAL,
+                zmin=0.0,
+                colorbar={"title": {"text": theme.bar_title(name)}, "nticks": 5},
+                hoverongaps=False,
+                texttemplate="%{z:.3~g}" if len(places) <= MOST_NUMBERED else None,
+                hovertemplate=f"%{{customdata[0]}} and %{{customdata[1]}}<br>%{{z:.4~g}} {name}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(tickvals=places, ticktext=ticks)
+    figure.update_yaxes(tickvals=places, ticktext=ticks, autorange="reversed")
+    figure.update_layout(plot_bgcolor=theme.NO_DATA_COLOUR)
+    theme.add_view_buttons(figure, [name.rsplit(" (", 1)[0] for name in views.values()])
+    return figure
+
+
 def _difference(pair: ComparedPair) -> go.Heatmap:
     """One view; float32 is more than a colour or a hover text can show and halves the page."""
     result = pair.result
@@ -106,7 +164,7 @@ def _difference(pair: ComparedPair) -> go.Heatmap:
         z=result.difference.astype(np.float32),
         x=np.arange(result.difference.shape[1]),
         y=theme.layer_labels(result.layers),
-        customdata=np.stack([result.reference, result.other], axis=-1).astype(np.float32),
+        customdata=np.stack([result.reference, result.other, _expert_p_values(pair)], axis=-1).astype(np.float32),
         name=_label(pair.other.name),
         colorscale=theme.DIVERGING,
         zmin=-limit,
@@ -117,26 +175,45 @@ def _difference(pair: ComparedPair) -> go.Heatmap:
         hovertemplate=(
             "layer %{y}, expert %{x}<br>%{z:+.4~%}<br>"
             f"{_hover(pair.reference.name)} %{{customdata[0]:.4~%}}<br>"
-            f"{_hover(pair.other.name)} %{{customdata[1]:.4~%}}<extra></extra>"
+            f"{_hover(pair.other.name)} %{{customdata[1]:.4~%}}"
+            + ("<br>p for all experts %{customdata[2]:.2~g}" if pair.change is not None else "")
+            + "<extra></extra>"
         ),
     )
 
 
+def _expert_p_values(pair: ComparedPair) -> NDArray[np.float64]:
+    """(L, E) p-value of each expert for all experts; NaN where it was not tested."""
+    return np.full_like(pair.result.difference, np.nan) if pair.change is None else pair.change.p_corrected
+
+
 def _distance_line(pair: ComparedPair, index: int, view: str) -> go.Scatter:
     """One comparison in one view."""
-    result = pair.result
+    result, p = pair.result, layer_p_values(pair)
+    unknown = np.full(len(result.layers), np.nan)
+    halves = [
+        unknown if level is None else getattr(level.distances, view)
+        for level in (result.within_reference, result.within_other)
+    ]
+    symbol = SYMBOLS[index // len(theme.LINE_COLOURS) % len(SYMBOLS)]
+    told = [getattr(result.noise, view), getattr(result.ratio, view), result.correlation, *halves, p]
     return go.Scatter(
         x=result.layers,
         y=getattr(result.between, view),
-        customdata=np.stack([getattr(result.noise, view), getattr(result.ratio, view), result.correlation], axis=-1),
+        customdata=np.stack(told, axis=-1),
         name=_label(pair.other.name),
         legendgroup=str(index),
         mode="lines+markers",
         line={"color": _colour(index), "width": 2, "dash": DASHES[index // len(theme.LINE_COLOURS) % len(DASHES)]},
-        marker={"size": 7, "symbol": SYMBOLS[index // len(theme.LINE_COLOURS) % len(SYMBOLS)]},
+        marker={"size": 7, "symbol": [f"{symbol}-open" if one > LEVEL else symbol for one in p]},
         hovertemplate=(
             f"{_hover(pair.other.name)}, layer %{{x}}<br>%{{y:.4~g}}<br>noise %{{customdata[0]:.4~g}}<br>"
-            "%{customdata[1]:.3~g} × noise<br>Pearson r %{customdata[2]:.4f}<extra></extra>"
+            "%{customdata[1]:.3~g} × noise<br>"
+            f"halves of {_hover(pair.reference.name)} %{{customdata[3]:.4~g}}, "
+            f"of {_hover(pair.other.name)} %{{customdata[4]:.4~g}}<br>"
+            "Pearson r %{customdata[2]:.4f}"
+            + ("<br>p for all layers %{customdata[5]:.2~g}" if pair.change is not None else "")
+            + "<extra></extra>"
         ),
     )
 
@@ -170,19 +247,26 @@ def _noise_lines(pairs: Sequence[ComparedPair], view: str) -> list[go.Scatter]:
 
 def _bars(pair: ComparedPair) -> go.Bar:
     """One view."""
-    shown = pair.result.moved[:MOST_BARS]
+    shown, p = pair.result.moved[:MOST_BARS], moved_p_values(pair)[:MOST_BARS]
     return go.Bar(
         x=[move.difference for move in shown],
         y=[f"layer {move.layer}, expert {move.expert}" for move in shown],
         orientation="h",
-        customdata=[(move.before, move.after, ratio_in_words(move.ratio)) for move in shown],
+        customdata=[
+            (move.before, move.after, ratio_in_words(move.ratio), one) for move, one in zip(shown, p, strict=True)
+        ],
         name=_label(pair.other.name),
-        marker_color=[theme.DIVERGING[-1 if move.difference > 0 else 0][1] for move in shown],
+        marker={
+            "color": [theme.DIVERGING[-1 if move.difference > 0 else 0][1] for move in shown],
+            "opacity": [UNSURE_OPACITY if one > LEVEL else 1.0 for one in p],
+        },
         hovertemplate=(
             "%{y}<br>%{x:+.4~%}<br>"
             f"{_hover(pair.reference.name)} %{{customdata[0]:.4~%}}<br>"
             f"{_hover(pair.other.name)} %{{customdata[1]:.4~%}}<br>"
-            "%{customdata[2]}<extra></extra>"
+            "%{customdata[2]}"
+            + ("<br>p for all experts %{customdata[3]:.2~g}" if pair.change is not None else "")
+            + "<extra></extra>"
         ),
     )
 

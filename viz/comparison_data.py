@@ -8,10 +8,20 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.activation import Activation, Measure
-from moescope.stats.comparison import Comparison, WithinRun, compare_activations, within_run
+from moescope.stats.comparison import (
+    Change,
+    Comparison,
+    Distances,
+    WithinRun,
+    all_distances,
+    change_tests,
+    compare_activations,
+    within_run,
+)
 from moescope.viz.activation import NAMES
 from moescope.viz.analysis import activations
 from moescope.viz.wording import by_layer, short_name
@@ -42,11 +52,34 @@ class Side:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComparedPair:
-    """One side against its reference, and how they differ."""
+    """One side against its reference, and how they differ.
+
+    Attributes:
+        reference: what `other` is compared with.
+        other: the other.
+        result: distances and differences.
+        change: tests of them over splits of the prompts, or None where the measure has no splits.
+    """
 
     reference: Side
     other: Side
     result: Comparison
+    change: Change | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EveryDistance:
+    """Every side against every other.
+
+    Attributes:
+        names: N sides.
+        between: (N, N, L) distances, symmetric; 0 on the diagonal.
+        within: (N, L) distances between halves of each side, NaN where they are not known.
+    """
+
+    names: tuple[str, ...]
+    between: Distances
+    within: Distances
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +93,7 @@ class ComparisonData:
         domain: the domain that was compared alone, or None.
         by_domain: whether each pair is a domain against the rest of one profile.
         pairs: the comparisons, in the order asked for.
+        every: all profiles against each other, or all domains.
         remarks: what a reader should know beside the numbers.
     """
 
@@ -69,6 +103,7 @@ class ComparisonData:
     domain: str | None
     by_domain: bool
     pairs: tuple[ComparedPair, ...]
+    every: EveryDistance
     remarks: tuple[str, ...]
 
 
@@ -93,7 +128,7 @@ def compare_profiles(
         domain: compare this domain of each profile only.
         by_domain: compare each domain of the one profile with all its other domains together.
         top: experts that moved most to name, at most.
-        seed: seed of the random halvings behind the level within a run.
+        seed: seed of the random halvings behind the level within a run, and of the noise in the tests.
 
     Raises:
         ProfileError: The profiles differ in layers or experts; the message says in what.
@@ -122,12 +157,7 @@ def compare_profiles(
             chosen = profile if domain is None else _only(profile, domain)
             parts.append(_Part.of(chosen, name, measure, seed))
         sides = [(parts[0], part) for part in parts[1:]]
-    pairs = tuple(
-        ComparedPair(
-            one.side, two.side, compare_activations(one.activation, two.activation, one.within, two.within, top)
-        )
-        for one, two in sides
-    )
+    pairs = tuple(_compared(one, two, top, seed) for one, two in sides)
     return ComparisonData(
         names=called,
         subject=_subject(profiles[0], called[0], domain, by_domain, pairs),
@@ -135,11 +165,33 @@ def compare_profiles(
         domain=domain,
         by_domain=by_domain,
         pairs=pairs,
+        every=_every([two for _, two in sides] if by_domain else parts),
         remarks=(*_model_remarks(profiles, called), *_noise_remarks(pairs, measure)),
     )
 
 
 compare = compare_profiles
+
+
+def layer_p_values(pair: ComparedPair) -> NDArray[np.float64]:
+    """(L,) p-value of each layer's distance for all layers together; NaN where it was not tested."""
+    return np.full(len(pair.result.layers), np.nan) if pair.change is None else pair.change.layer_p_corrected
+
+
+def moved_p_values(pair: ComparedPair) -> list[float]:
+    """p-value of each expert that moved most for all experts of all layers; NaN where it was not tested."""
+    if pair.change is None:
+        return [float("nan")] * len(pair.result.moved)
+    row = {layer: place for place, layer in enumerate(pair.result.layers)}
+    return [float(pair.change.p_corrected[row[move.layer], move.expert]) for move in pair.result.moved]
+
+
+def mean_over_layers(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of the defined values along the last axis; NaN where there is none."""
+    defined = np.isfinite(values)
+    number = defined.sum(axis=-1)
+    total = np.where(defined, values, 0.0).sum(axis=-1)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
 def ratio_in_words(ratio: float) -> str:
@@ -175,6 +227,7 @@ class _Part:
     side: Side
     activation: Activation
     within: WithinRun | None
+    profile: "RoutingProfile"
 
     @classmethod
     def of(cls, profile: "RoutingProfile", name: str, measure: Measure, seed: int) -> "_Part":
@@ -190,7 +243,47 @@ class _Part:
             Side(name, profile.model.id, view.tokens, tuple(run.uuid for run in profile.runs)),
             view,
             within_run(splits, profile.model.experts, seed) if measure == "frequency" else None,
+            profile,
         )
+
+    @property
+    def splits(self) -> NDArray[np.int64]:
+        """Selections (S, L, E) by split of the prompts."""
+        counts: NDArray[np.int64] = self.profile.split_counts.sum(axis=1)
+        return counts
+
+
+def _compared(reference: _Part, other: _Part, top: int, seed: int) -> ComparedPair:
+    """One side against another; tested where splits of the measure were kept."""
+    result = compare_activations(reference.activation, other.activation, reference.within, other.within, top)
+    change = None
+    if reference.within is not None and other.within is not None:
+        paired = _same_splits(reference.profile, other.profile)
+        change = change_tests(reference.splits, other.splits, result.experts, paired=paired, seed=seed)
+    return ComparedPair(reference.side, other.side, result, change)
+
+
+def _every(parts: Sequence[_Part]) -> EveryDistance:
+    """All sides against each other, and the level within each."""
+    experts = parts[0].activation.experts
+    unknown = np.full(len(experts), np.nan)
+    levels = [Distances(unknown, unknown) if part.within is None else part.within.distances for part in parts]
+    return EveryDistance(
+        names=tuple(part.side.name for part in parts),
+        between=all_distances([part.activation.matrix for part in parts], experts),
+        within=Distances(
+            np.stack([level.jensen_shannon for level in levels]), np.stack([level.total_variation for level in levels])
+        ),
+    )
+
+
+def _same_splits(one: "RoutingProfile", two: "RoutingProfile") -> bool:
+    """Whether both ran the same prompts, dealt into the same splits: by the same seed."""
+    return _same_prompts(one, two) and _seeds(one) == _seeds(two) and one.complete and two.complete
+
+
+def _seeds(profile: "RoutingProfile") -> list[tuple[str, Any]]:
+    return sorted((run.prompts_sha256, run.settings.get("seed")) for run in profile.runs)
 
 
 def _check_request(
@@ -287,17 +380,19 @@ def _model_remarks(profiles: Sequence["RoutingProfile"], names: tuple[str, ...])
                 f"{names[0]} and {name} share {len(shared)} {'run' if len(shared) == 1 else 'runs'}: they lie closer "
                 "together than separate runs would"
             )
-        elif _prompts(first) == _prompts(profile):
+        elif _same_prompts(first, profile):
+            tested = "; the tests take this into account" if _same_splits(first, profile) else ""
             remarks.append(
                 f"{names[0]} and {name} ran the same prompts: their draw adds nothing to this distance, and the noise "
-                "is overstated"
+                f"is overstated{tested}"
             )
     return remarks
 
 
-def _prompts(profile: "RoutingProfile") -> list[str]:
-    """What identifies the prompts of all runs of a profile, in any order of the runs."""
-    return sorted(run.prompts_sha256 for run in profile.runs)
+def _same_prompts(one: "RoutingProfile", two: "RoutingProfile") -> bool:
+    """Whether the runs of two profiles had the same prompts, in any order; of a server's runs nobody knows."""
+    prompts = [sorted(run.prompts_sha256 for run in profile.runs) for profile in (one, two)]
+    return prompts[0] == prompts[1] and all(prompts[0])
 
 
 def _noise_remarks(pairs: tuple[ComparedPair, ...], measure: Measure) -> list[str]:

@@ -12,10 +12,19 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from moescope import __version__
-from moescope.stats.comparison import Distances, ExpertMove, WithinRun
+from moescope.stats.comparison import LEVEL, Change, Distances, ExpertMove, WithinRun
 from moescope.viz.activation import NAMES
-from moescope.viz.comparison import difference_heatmap, distance_lines, moved_bars
-from moescope.viz.comparison_data import ComparedPair, ComparisonData, Side, ratio_in_words
+from moescope.viz.comparison import difference_heatmap, distance_lines, distance_matrix, moved_bars
+from moescope.viz.comparison_data import (
+    ComparedPair,
+    ComparisonData,
+    EveryDistance,
+    Side,
+    layer_p_values,
+    mean_over_layers,
+    moved_p_values,
+    ratio_in_words,
+)
 from moescope.viz.page import Page, Section, write_page
 from moescope.viz.pages import write_figures, write_text
 from moescope.viz.structured import to_strict_json
@@ -27,6 +36,7 @@ FIGURES = {
     "comparison_distance.html": distance_lines,
     "comparison_experts.html": moved_bars,
 }
+EVERY_FIGURE = "comparison_all.html"
 PAGE_NAME = "comparison.html"
 LONGEST_NAME = 30
 MOST_IN_FULL = 3
@@ -36,6 +46,11 @@ NOISE_NOTE = (
     "the prompts, so it is an upper estimate of what the draw of prompts alone does to the distance of two runs; "
     "`noise` is that estimate brought to the size of the whole runs, `ratio` the distance over it: near 1 where "
     "nothing but the draw of prompts differs. It is not a test."
+)
+TEST_NOTE = (
+    "Tests go over the splits of the prompts. A layer's distance is held against randomly signed sums of its splits' "
+    "residuals (wild cluster bootstrap), corrected for all layers by the largest; an expert's share is tested by t, "
+    "corrected for all experts of all layers (Holm). Over the same prompts, split by split, what prompts share cancels."
 )
 
 
@@ -54,6 +69,7 @@ def write_comparison(data: ComparisonData, folder: Path | str) -> list[Path]:
     """
     folder = Path(folder)
     figures = {name: draw(data.pairs, data.subject) for name, draw in FIGURES.items()}
+    figures[EVERY_FIGURE] = distance_matrix(data.every, data.measure, data.subject)
     texts = {
         "comparison_report.txt": comparison_text(data),
         "comparison.json": json.dumps(comparison_data(data), ensure_ascii=False, allow_nan=False) + "\n",
@@ -67,10 +83,12 @@ def write_comparison(data: ComparisonData, folder: Path | str) -> list[Path]:
 
 
 def _page_findings(data: ComparisonData) -> list[str]:
-    """One item a comparison: all of a few, one line each of many."""
+    """One item a comparison, all of a few, one line each of many; and who is closest."""
+    every = every_finding(data.every)
     if len(data.pairs) > MOST_IN_FULL:
-        return [_in_one_line(pair) for pair in data.pairs]
-    return ["; ".join(line.strip() for line in pair_findings(pair)).replace(":; ", ": ") for pair in data.pairs]
+        return [*(_in_one_line(pair) for pair in data.pairs), *every]
+    pairs = ("; ".join(line.strip() for line in pair_findings(pair)).replace(":; ", ": ") for pair in data.pairs)
+    return [*pairs, *every]
 
 
 def _page(data: ComparisonData, figures: Mapping[str, go.Figure]) -> Page:
@@ -98,7 +116,9 @@ def _page(data: ComparisonData, figures: Mapping[str, go.Figure]) -> Page:
                 "distance",
                 "Distance by layer",
                 "How far apart the two distributions over experts are, layer by layer. The noise is what the draw of "
-                "prompts alone does to this distance: only what lies well above it is a difference.",
+                "prompts alone does to this distance; a full mark is a layer that differs by more, at the 5% level for "
+                "all layers together. Halves of one run (hover) lie further apart than the noise: they have half the "
+                "prompts.",
                 figures["comparison_distance.html"],
                 520,
                 page="comparison_distance.html",
@@ -106,27 +126,63 @@ def _page(data: ComparisonData, figures: Mapping[str, go.Figure]) -> Page:
             Section(
                 "moved",
                 "Experts that moved most",
-                "The largest differences of single experts, in either direction.",
+                "The largest differences of single experts, in either direction. Pale bars are not shown to be more "
+                "than the draw of prompts, at the 5% level for all experts of all layers.",
                 figures["comparison_experts.html"],
                 620,
                 page="comparison_experts.html",
             ),
+            *_every_section(data, figures[EVERY_FIGURE]),
         ],
         footer=f"moescope {__version__}",
     )
 
 
+def _every_section(data: ComparisonData, figure: go.Figure) -> list[Section]:
+    """All against all, where there are more than two."""
+    if len(data.every.names) < 3:
+        return []
+    return [
+        Section(
+            "every",
+            "Each against each",
+            "Mean distance over the layers. On the diagonal: the distance between two halves of one, an upper estimate "
+            "of what the draw of prompts does.",
+            figure,
+            int(np.clip(36 * len(data.every.names) + 320, 460, 900)),
+            page=EVERY_FIGURE,
+        )
+    ]
+
+
 def findings(data: ComparisonData) -> list[str]:
-    """Five lines for each of a few comparisons, one line for each of many; then the remarks."""
+    """Six lines for each of a few comparisons, one line for each of many; of more than two profiles who is closest."""
     if len(data.pairs) <= MOST_IN_FULL:
         lines = [line for pair in data.pairs for line in pair_findings(pair)]
     else:
         lines = [_in_one_line(pair) for pair in data.pairs]
-    return [printable(line) for line in (*lines, *data.remarks)]
+    return [printable(line) for line in (*lines, *every_finding(data.every), *data.remarks)]
+
+
+def every_finding(every: EveryDistance) -> list[str]:
+    """Which two of more than two lie closest together, and which furthest apart; nothing where that is not known."""
+    mean = mean_over_layers(every.between.jensen_shannon)
+    first, second = np.triu_indices(len(every.names), 1)
+    known = np.isfinite(mean[first, second])
+    if len(every.names) < 3 or known.sum() < 2:
+        return []
+    first, second = first[known], second[known]
+    order = np.argsort(mean[first, second], kind="stable")
+    closest, furthest = (
+        f"{clip(printable(every.names[first[at]]), LONGEST_NAME)} and "
+        f"{clip(printable(every.names[second[at]]), LONGEST_NAME)} ({mean[first[at], second[at]]:.4f} bits)"
+        for at in (order[0], order[-1])
+    )
+    return [f"of all {len(every.names)}, closest together: {closest}; furthest apart: {furthest}"]
 
 
 def pair_findings(pair: ComparedPair) -> list[str]:
-    """A comparison in five lines: who, distance, noise, the layer furthest off, the experts that moved most."""
+    """A comparison in six lines: who, distance, noise, tests, the layer furthest off, the experts that moved most."""
     result, name, reference = pair.result, _short(pair.other), _short(pair.reference)
     divergence = result.between.jensen_shannon
     if not np.isfinite(divergence).any():
@@ -147,6 +203,8 @@ def pair_findings(pair: ComparedPair) -> list[str]:
         )
     else:
         lines.append("  noise: not known")
+    if pair.change is not None:
+        lines.append(f"  beyond the draw of prompts: {_changed(pair.change)}")
     lines.append(
         f"  furthest apart: layer {result.layers[furthest]}, {divergence[furthest]:.4f} bits"
         + (f", {_times(ratio[furthest])} its noise" if math.isfinite(ratio[furthest]) else "")
@@ -169,8 +227,11 @@ def comparison_text(data: ComparisonData) -> str:
         *(field("domain", data.domain) if data.domain is not None else []),
         *remarks,
         *field("noise", NOISE_NOTE),
+        *field("tests", TEST_NOTE),
     ]
     sections = [section("About", about), *(_pair_section(pair) for pair in data.pairs)]
+    if every := every_finding(data.every):
+        sections.append(section("Each against each", [part for line in every for part in _wrapped(line)]))
     return "\n".join([title, "=" * len(title), "", "\n\n".join(sections), ""])
 
 
@@ -192,9 +253,11 @@ def comparison_data(data: ComparisonData) -> dict[str, Any]:
             "by_domain": data.by_domain,
             "remarks": data.remarks,
             "noise": NOISE_NOTE,
+            "tests": TEST_NOTE,
             "moescope_version": __version__,
         },
         "comparisons": [_pair_data(pair) for pair in data.pairs],
+        "all_distances": _every_data(data.every),
     }
     strict: dict[str, Any] = to_strict_json(tree)
     return strict
@@ -207,11 +270,24 @@ def _in_one_line(pair: ComparedPair) -> str:
     if not np.isfinite(divergence).any():
         return pair_findings(pair)[0]
     move = result.moved[0] if result.moved else None
+    changed = f"; {_changed(pair.change)}" if pair.change is not None else ""
     return (
         f"{_short(pair.other)} against {_short(pair.reference)}: Jensen-Shannon {_mean(divergence)} bits, "
-        f"{_times(_mean_ratio(divergence, noise))} the noise; furthest apart in layer "
+        f"{_times(_mean_ratio(divergence, noise))} the noise{changed}; furthest apart in layer "
         f"{result.layers[int(np.nanargmax(divergence))]}; "
         + (f"layer {move.layer} expert {move.expert} {move.before:.2%} → {move.after:.2%}" if move else "nothing moved")
+    )
+
+
+def _changed(change: Change) -> str:
+    """How many layers and experts differ by more than the draw of prompts."""
+    layers, experts = np.isfinite(change.layer_p_corrected).sum(), np.isfinite(change.p_corrected).sum()
+    if not layers:
+        return "cannot be tested, since all prompts of a run lie in one split"
+    how = "tested over the same prompts" if change.paired else "tested over different prompts"
+    return (
+        f"{change.layers_changed.sum():,} of {layers:,} layers and {change.experts_changed.sum():,} of {experts:,} "
+        f"experts (p ≤ {LEVEL} for all of them together, {how})"
     )
 
 
@@ -221,12 +297,14 @@ def _pair_section(pair: ComparedPair) -> str:
     lines = [part for line in pair_findings(pair) for part in _wrapped(line)]
     lines += [
         "",
-        f"{'layer':>7}{'JS bits':>10}{'noise':>10}{'ratio':>8}{'TV':>10}{'noise':>10}{'ratio':>8}{'Pearson r':>11}",
+        f"{'layer':>7}{'JS bits':>10}{'noise':>10}{'ratio':>8}{'p':>9}"
+        f"{'TV':>10}{'noise':>10}{'ratio':>8}{'Pearson r':>11}",
     ]
     columns = (
         (result.between.jensen_shannon, 10, ".5f"),
         (result.noise.jensen_shannon, 10, ".5f"),
         (result.ratio.jensen_shannon, 8, ".1f"),
+        (layer_p_values(pair), 9, ".2g"),
         (result.between.total_variation, 10, ".5f"),
         (result.noise.total_variation, 10, ".5f"),
         (result.ratio.total_variation, 8, ".1f"),
@@ -236,15 +314,20 @@ def _pair_section(pair: ComparedPair) -> str:
         cells = (_number(float(column[row]), form).rjust(width) for column, width, form in columns)
         lines.append(f"{layer:>7}{''.join(cells)}")
     if result.moved:
-        lines += ["", f"{'layer':>7}{'expert':>8}{'before':>11}{'after':>11}{'difference':>12}  ratio"]
-        lines += [_move_line(move) for move in result.moved]
+        lines += ["", f"{'layer':>7}{'expert':>8}{'before':>11}{'after':>11}{'difference':>12}{'p':>10}  ratio"]
+        lines += [_move_line(move, p) for move, p in zip(result.moved, moved_p_values(pair), strict=True)]
+    lines += [
+        "",
+        "p: of the layer for all layers together, of an expert for all experts of all layers; - if not tested",
+    ]
     return section(clip(f"{_short(pair.other)} against {_short(pair.reference)}", WIDTH), lines)
 
 
-def _move_line(move: ExpertMove) -> str:
+def _move_line(move: ExpertMove, p: float) -> str:
     """One row of the table of experts."""
     return (
-        f"{move.layer:>7}{move.expert:>8}{move.before:>11.4%}{move.after:>11.4%}{move.difference:>+12.4%}  "
+        f"{move.layer:>7}{move.expert:>8}{move.before:>11.4%}{move.after:>11.4%}{move.difference:>+12.4%}"
+        f"{_number(p, '.2g'):>10}  "
         f"{ratio_in_words(move.ratio)}"
     )
 
@@ -261,6 +344,7 @@ def _pair_data(pair: ComparedPair) -> dict[str, Any]:
         "total_variation": _levels(pair, "total_variation"),
         "pearson_r": result.correlation,
         "within_run": {"reference": _within_data(result.within_reference), "other": _within_data(result.within_other)},
+        "tests": _tests_data(pair.change),
         "difference_matrix": result.difference,
         "experts_moved": [
             {
@@ -270,9 +354,43 @@ def _pair_data(pair: ComparedPair) -> dict[str, Any]:
                 "to": move.after,
                 "difference": move.difference,
                 "ratio": move.ratio,
+                "p_value_all_experts": p,
             }
-            for move in result.moved
+            for move, p in zip(result.moved, moved_p_values(pair), strict=True)
         ],
+    }
+
+
+def _tests_data(change: Change | None) -> dict[str, Any] | None:
+    """Tests by layer and by expert; None where the measure has no splits."""
+    if change is None:
+        return None
+    return {
+        "same_prompts": change.paired,
+        "replicates": change.replicates,
+        "seed": change.seed,
+        "level": LEVEL,
+        "layer_p_value": change.layer_p_value,
+        "layer_p_value_all_layers": change.layer_p_corrected,
+        "num_layers_changed": change.layers_changed.sum(),
+        "expert_p_value": change.p_value,
+        "expert_p_value_all_experts": change.p_corrected,
+        "num_experts_changed": change.experts_changed.sum(),
+    }
+
+
+def _every_data(every: EveryDistance) -> dict[str, Any]:
+    """All against all: means over layers, each layer, and the level within each."""
+    return {
+        "names": every.names,
+        **{
+            key: {
+                "mean": mean_over_layers(getattr(every.between, name)),
+                "by_layer": getattr(every.between, name),
+                "between_halves": getattr(every.within, name),
+            }
+            for key, name in (("jensen_shannon_bits", "jensen_shannon"), ("total_variation", "total_variation"))
+        },
     }
 
 

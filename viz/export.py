@@ -16,6 +16,7 @@ from uuid import uuid4
 import numpy as np
 
 from moescope.stats.activation import Measure
+from moescope.stats.use import LEAST_TOKENS
 from moescope.stats.weight_similarity import WeightSimilarity
 from moescope.viz.analysis import analyze
 from moescope.viz.errors import ExportError, require
@@ -45,9 +46,6 @@ ExportFormat = Literal[
     "calibration",
 ]
 
-#: Tokens that an expert should see in `calibration`, unless told otherwise.
-LEAST_TOKENS: Final = 128
-
 #: Formats written as a folder, with the names in it that a later export may replace or remove.
 FOLDERS: Final[dict[ExportFormat, Callable[[str], bool]]] = {
     "csv": lambda name: name in {f"{table}.csv" for table in NAMES},
@@ -55,6 +53,8 @@ FOLDERS: Final[dict[ExportFormat, Callable[[str], bool]]] = {
     "tensorboard": lambda name: name.startswith("events.out.tfevents.") and name.endswith(SUFFIX),
 }
 
+#: Formats that hold tables, p-values among them.
+_TABLES: Final = ("csv", "xlsx", "parquet")
 #: Formats that need no statistics of the whole profile.
 _COUNTS_ALONE: Final = ("eplb", "sglang", "pruning", "calibration")
 
@@ -108,7 +108,7 @@ def export(
         measure: What correlation and periodic patterns rest on; None is the selection frequency.
         intervals: Distances Δ of the periodic patterns; None takes the defaults.
         delta_max: Largest Δ of the correlation matrix.
-        permutations: See `analyze`; for the structured data alone.
+        permutations: See `analyze`; for the structured data and the tables alone.
         routed_scaling_factor: See `parity_data`; for that format alone.
         routers: Router weights that were compared, for the structured data; see `moescope.profiler.sidecars`.
         weights: What the experts' weights say, for the structured data.
@@ -125,9 +125,9 @@ def export(
         raise ExportError(f"--routed-scaling-factor belongs to --format parity, not to {export_format}")
     if measure is not None and export_format == "parity":
         raise ExportError("--measure does not apply to --format parity, whose measure is the earlier tool's")
-    structured = export_format in SUFFIXES
-    if permutations is not None and not structured:
-        raise ExportError(f"--permutations belongs to --format json, jsonl and pickle, not to {export_format}")
+    tested = export_format in SUFFIXES or export_format in _TABLES
+    if permutations is not None and not tested:
+        raise ExportError(f"--permutations belongs to structured data and tables, not to --format {export_format}")
     if measure is not None and export_format in _COUNTS_ALONE:
         raise ExportError(f"--measure does not apply to --format {export_format}, which rests on selection counts")
     if least_tokens is not None and export_format != "calibration":
@@ -167,7 +167,7 @@ def export(
             delta_max=delta_max,
             routers=routers,
             weights=weights,
-            permutations=permutations if structured else 0,
+            permutations=permutations if tested else 0,
         )
     except ValueError as error:
         raise ExportError(f"--measure {measure}: {error}") from error

@@ -14,7 +14,7 @@ from moescope.stats.placement import HeldOutPlacement
 from moescope.stats.reliability import Reliability
 from moescope.stats.similarity import RouterSimilarity
 from moescope.stats.specialisation import Specialisation
-from moescope.stats.use import ExpertUse, PhaseContrast
+from moescope.stats.use import Coverage, ExpertUse, PhaseContrast
 from moescope.stats.weight_similarity import WeightSimilarity
 
 if TYPE_CHECKING:  # a hand-over type
@@ -51,6 +51,7 @@ class ExpertsUsed:
         specialisation: each domain against all others, or None where there is but one.
         coactivation: pairs of experts against chance, or None where they were not recorded.
         placement: experts on GPUs, or None where they cannot be placed evenly.
+        coverage: experts that few tokens reached.
     """
 
     use: ExpertUse
@@ -59,6 +60,7 @@ class ExpertsUsed:
     specialisation: Specialisation | None
     coactivation: Coactivation | None
     placement: HeldOutPlacement | None
+    coverage: Coverage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +91,7 @@ class ReportData:
         nulls: layer correlation held against chance, or None where that was left out.
         period: what a scan of all periods found, or None where that was left out.
         used: how experts are used, or None where it was not computed.
+        groups: groups of experts that a router first chooses among; 1 where it has none.
     """
 
     model_id: str
@@ -114,6 +117,7 @@ class ReportData:
     nulls: LayerNulls | None = None
     period: PeriodFinding | None = None
     used: ExpertsUsed | None = None
+    groups: int = 1
 
     @property
     def measure(self) -> Measure:

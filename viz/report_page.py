@@ -20,7 +20,7 @@ from moescope.viz.report_data import DomainView, ExpertsUsed, ReportData
 from moescope.viz.use import effective_by_layer, phases_by_layer, placement_by_layer, specialised_experts
 from moescope.viz.use_findings import TableRows, specialised_table, together_table
 from moescope.viz.weights_page import expert_sections
-from moescope.viz.wording import by_layer, index_ranges, minute, subject
+from moescope.viz.wording import by_layer, experts_in_words, index_ranges, minute, subject
 
 LOWEST, HIGHEST = 380, 1100
 """Least and greatest height of a figure with one row a layer, in pixels."""
@@ -66,7 +66,7 @@ def _facts(report: ReportData) -> list[tuple[str, str]]:
         ("Model", f"{report.model_id} ({report.architecture}, {report.scoring} router)"),
         ("Engine", report.engine),
         ("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
-        ("Experts", by_layer([load.experts for load in report.loads], report.layers)),
+        ("Experts", experts_in_words(report)),
         ("Tokens", f"{report.tokens:,} ({spread})"),
         ("Prompts", f"{report.prompts:,}"),
         ("Recorded", minute(report.created)),
@@ -165,12 +165,18 @@ def _sections(report: ReportData, figures: Mapping[str, go.Figure]) -> list[Sect
 def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], tall: int) -> list[Section]:
     correlation = figures["layer_correlation_matrix.html"]
     bars, boxes = figures["periodic_pattern_analysis.html"], figures["periodic_pattern_analysis_detailed.html"]
+    alone = (
+        " A domain by itself is not held against chance: it has fewer tokens, and each would be as many looks more."
+        if report.domains and report.nulls is not None
+        else ""
+    )
     return [
         Section(
             "correlation",
             "Layer correlation",
             "Each cell compares the expert use of a layer with that of the layer Δ further on: a column of one strong "
-            "colour means that the pattern comes back every Δ layers. Grey cells lie past the end of the model.",
+            "colour means that the pattern comes back every Δ layers. Grey cells lie past the end of the model."
+            f"{alone}",
             correlation,
             tall,
             variants=_differences(report, correlation, lambda view: correlation_heatmap(view.correlation)),
@@ -182,7 +188,7 @@ def _correlation_sections(report: ReportData, figures: Mapping[str, go.Figure], 
             "Periodic patterns",
             "Mean correlation over all pairs of layers at each interval, ± one standard deviation of the pairs. The "
             "pairs share layers, so the line is a spread, not a confidence interval; the grey band is 95% of what "
-            "experts in random order give.",
+            f"experts in random order give.{alone}",
             bars,
             variants=_differences(report, bars, lambda view: periodic_bars(view.periodic)),
             page="periodic_pattern_analysis.html",
@@ -208,7 +214,8 @@ def _chance_sections(report: ReportData) -> list[Section]:
                 "Mean correlation at each distance, with its 95% interval over parts of the prompts. In the band lie "
                 f"95% of {report.nulls.free.permutations:,} random orders of the experts; only what is above the "
                 "dashed line (a full mark) is more than the largest of as many looks would be by chance. Near layers "
-                "that are alike rise above it too: that alone is no period.",
+                "that are alike rise above it too: that alone is no period."
+                f"{_groups_note(report.nulls.groups)}",
                 distance_against_chance(report.nulls),
             )
         )
@@ -225,6 +232,16 @@ def _chance_sections(report: ReportData) -> list[Section]:
             )
         )
     return sections
+
+
+def _groups_note(groups: int) -> str:
+    """How to read the second null of a router with groups."""
+    if groups == 1:
+        return ""
+    return (
+        f" The router first chooses among {groups} groups: the second band and line are of orders within the groups; "
+        "what is above the first alone may come from which groups are busy."
+    )
 
 
 def _reliability_sections(report: ReportData, tall: int) -> list[Section]:

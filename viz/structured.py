@@ -172,6 +172,7 @@ def _model_info(report: ReportData) -> dict[str, Any]:
         "model_id": report.model_id,
         "architecture": report.architecture,
         "scoring": report.scoring,
+        "router_groups": report.groups,
     }
 
 

@@ -15,7 +15,7 @@ from moescope.viz.report_data import ExpertsUsed, ReportData
 from moescope.viz.theme import clip, printable
 from moescope.viz.use_findings import use_findings
 from moescope.viz.weight_findings import verdict_in_words, weight_findings
-from moescope.viz.wording import by_layer, in_bytes, index_ranges
+from moescope.viz.wording import by_layer, experts_in_words, in_bytes, index_ranges
 
 WIDTH = 100
 LABEL = 16
@@ -55,7 +55,7 @@ def _model(report: ReportData) -> list[str]:
         *field("architecture", report.architecture),
         *field("scoring", report.scoring),
         *field("MoE layers", f"{len(report.layers)} (model layers {index_ranges(report.layers)})"),
-        *field("experts", by_layer([load.experts for load in report.loads], report.layers)),
+        *field("experts", experts_in_words(report)),
         *field("top-k", by_layer([load.top_k for load in report.loads], report.layers)),
     ]
 

@@ -1,7 +1,7 @@
 """A profile and its statistics as tidy tables: one row a fact, one column a variable."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.layout import padding_mask
+from moescope.stats.nulls import LayerNulls
 from moescope.stats.use import expert_coverage
 from moescope.viz.report_data import ReportData
 
 if TYPE_CHECKING:  # the hand-over type only; viz never reads files or runs models
     from moescope.profiler.profile import RoutingProfile
+
+_CHANCE: Final = "how often experts in random order correlate as much"
 
 Kind = Literal["integer", "number", "text", "any"]
 
@@ -217,6 +220,13 @@ def _tokens(profile: "RoutingProfile") -> Table:
 def _correlation(report: ReportData) -> Table:
     """One row a pair of layers no further apart than the matrix goes."""
     pairs = list(report.correlation.pairs())
+    row = {layer: place for place, layer in enumerate(report.layers)}
+    cells = ([row[pair[0]] for pair in pairs], [row[pair[1]] for pair in pairs])
+    nulls = report.nulls
+    p, within = (
+        np.full(len(pairs), np.nan) if null is None else null.cell_p[cells]
+        for null in ((None, None) if nulls is None else (nulls.free, nulls.within_groups))
+    )
     return Table(
         "correlation",
         (
@@ -224,6 +234,8 @@ def _correlation(report: ReportData) -> Table:
             _integer("layer_j", [pair[1] for pair in pairs], "true index of the later layer"),
             _integer("delta", [pair[2] for pair in pairs], "distance in model layers"),
             _number("r", [pair[3] for pair in pairs], "Pearson over experts of the measure; empty: not defined"),
+            _number("p_value", p, f"{_CHANCE}, for this pair as if nobody had looked at another; empty: not tested"),
+            _number("within_groups_p_value", within, "the same, with experts kept in the router's groups; empty: none"),
         ),
     )
 
@@ -231,6 +243,9 @@ def _correlation(report: ReportData) -> Table:
 def _periodic(report: ReportData) -> Table:
     """One row an interval."""
     patterns = report.periodic.patterns
+    deltas = [pattern.delta for pattern in patterns]
+    low = _at(report.nulls, deltas, lambda nulls: nulls.intervals[0])
+    high = _at(report.nulls, deltas, lambda nulls: nulls.intervals[1])
     return Table(
         "periodic_patterns",
         (
@@ -240,8 +255,32 @@ def _periodic(report: ReportData) -> Table:
             _integer("num_pairs", [pattern.num_pairs for pattern in patterns], "measurable pairs of layers"),
             _text("strength", [pattern.strength for pattern in patterns], "strong > 0.7, moderate > 0.4, else weak"),
             _text("measure", [report.measure] * len(patterns), "activation measure behind r"),
+            _number("interval_low", low, "95% interval of the mean over splits of the prompts; empty: not known"),
+            _number("interval_high", high, "its upper end"),
+            _number("p_value", _at(report.nulls, deltas, lambda nulls: nulls.free.p), f"{_CHANCE}, for this Δ alone"),
+            _number(
+                "p_value_all_looks",
+                _at(report.nulls, deltas, lambda nulls: nulls.free.p_family),
+                "the same, given that all Δ were looked at",
+            ),
+            _number(
+                "within_groups_p_value_all_looks",
+                _at(
+                    report.nulls, deltas, lambda nulls: None if (null := nulls.within_groups) is None else null.p_family
+                ),
+                "the same, with experts kept in the router's groups; empty: none",
+            ),
         ),
     )
+
+
+def _at(
+    nulls: LayerNulls | None, deltas: Sequence[int], values: Callable[[LayerNulls], NDArray[np.float64] | None]
+) -> NDArray[np.float64]:
+    """What the nulls have for each distance; NaN for those that were not looked at."""
+    found = None if nulls is None else values(nulls)
+    known = {} if nulls is None or found is None else dict(zip(nulls.free.deltas, found.tolist(), strict=True))
+    return np.array([known.get(delta, np.nan) for delta in deltas], dtype=np.float64)
 
 
 def _coactivation(profile: "RoutingProfile", pairs: NDArray[np.int64]) -> Table:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from moescope.stats.coactivation import Coactivation
 from moescope.stats.placement import HeldOutPlacement
 from moescope.stats.specialisation import ALPHA, Specialisation
-from moescope.stats.use import ExpertUse, PhaseContrast
+from moescope.stats.use import Coverage, ExpertUse, PhaseContrast
 from moescope.viz.report_data import ExpertsUsed
 from moescope.viz.wording import p_value
 
@@ -25,6 +25,7 @@ def use_findings(used: ExpertsUsed) -> list[str]:
         _phases(used.phases),
         _together(used.coactivation) if used.coactivation is not None else "",
         _placed(used.placement) if used.placement is not None else "",
+        _covered(used.coverage),
     ]
     return [sentence for sentence in found if sentence]
 
@@ -81,9 +82,36 @@ def _together(found: Coactivation) -> str:
     pair = strongest[0]
     return (
         f"Chosen together most beyond chance: experts {pair.first} and {pair.second} of layer {pair.layer}, by "
-        f"{pair.together:,} tokens where their popularity alone gives {pair.expected:,.0f}. That is no test: prompts "
-        "keep to their topics."
+        f"{pair.together:,} tokens where their popularity alone gives {pair.expected:,.0f}.{_clustered(found)} That is "
+        "no test: prompts keep to their topics."
     )
+
+
+def _clustered(found: Coactivation) -> str:
+    middle, chance = _median(found.modularity), _median(found.chance_modularity)
+    if not np.isfinite([middle, chance]).all():
+        return ""
+    return (
+        f" Clusters of experts hold {middle:.1%} of a layer's pairs beyond chance in the median layer; of tokens that "
+        f"choose independently, clusters found in the same way would hold {chance:.1%}."
+    )
+
+
+def _covered(found: Coverage) -> str:
+    if not found.tokens:
+        return ""
+    few, experts = int(found.under.sum()), sum(found.experts)
+    if not few:
+        return f"Every expert was reached by {found.minimum} tokens or more."
+    wanted = found.more_tokens[np.isfinite(found.more_tokens) & (found.short > 0)]
+    never = int((found.under - (np.isfinite(found.more_tokens) & (found.short > 0)).sum(axis=1)).sum())
+    enough = (
+        f" About {found.tokens + wanted.max():,.0f} tokens of this kind would be enough"
+        f"{f' for all but the {never:,} never chosen' if never else ''}."
+        if wanted.size
+        else " How many would be enough cannot be told: none of these was ever chosen."
+    )
+    return f"Fewer than {found.minimum} tokens reached {few:,} of {experts:,} experts.{enough}"
 
 
 def _placed(found: HeldOutPlacement) -> str:

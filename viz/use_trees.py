@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from moescope.stats.specialisation import ALPHA
+from moescope.stats.use import Coverage
 from moescope.viz.report_data import ExpertsUsed
 
 NOT_COMPUTED = "the use of experts was not computed"
@@ -19,9 +20,12 @@ def use_trees(used: ExpertsUsed | None) -> dict[str, Any]:
     """Each part under its key; null with a reason where it is missing."""
     if used is None:
         absent = {"layers": None, "reason": NOT_COMPUTED}
-        return dict.fromkeys(("expert_use", "phases", "specialisation", "coactivation", "placement"), absent)
+        return dict.fromkeys(
+            ("expert_use", "coverage", "phases", "specialisation", "coactivation", "placement"), absent
+        )
     return {
         "expert_use": _use(used),
+        "coverage": _coverage(used),
         "phases": _phases(used),
         "specialisation": _specialisation(used),
         "coactivation": _coactivation(used),
@@ -45,6 +49,27 @@ def _use(used: ExpertsUsed) -> dict[str, Any]:
             for place, layer in enumerate(use.layers)
         ],
     }
+
+
+def _coverage(used: ExpertsUsed) -> dict[str, Any]:
+    found = used.coverage
+    return {
+        "least_tokens": found.minimum,
+        "layers": [
+            {
+                "layer": layer,
+                "experts_under": found.under[place],
+                "tokens_enough": _enough(found, place),
+            }
+            for place, layer in enumerate(found.layers)
+        ],
+    }
+
+
+def _enough(found: Coverage, place: int) -> float | None:
+    """Tokens in all after which every expert of a layer has enough; None if one was never chosen."""
+    more = found.more_tokens[place, : found.experts[place]]
+    return float(found.tokens + more.max()) if np.isfinite(more).all() else None
 
 
 def _phases(used: ExpertsUsed) -> dict[str, Any]:
@@ -106,6 +131,7 @@ def _coactivation(used: ExpertsUsed) -> dict[str, Any]:
             {
                 "layer": layer,
                 "modularity": found.modularity[place],
+                "chance_modularity": found.chance_modularity[place],
                 "clusters": found.clusters[place, : found.experts[place]],
             }
             for place, layer in enumerate(found.layers)

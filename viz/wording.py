@@ -32,6 +32,12 @@ def by_layer(values: Sequence[int], layers: Sequence[int]) -> str:
     return ", ".join(f"{value} (layers {index_ranges(members)})" for value, members in groups.items())
 
 
+def experts_in_words(report: ReportData) -> str:
+    """Experts of a layer, and the groups of a router that has any: `256, in 8 router groups`."""
+    experts = by_layer([load.experts for load in report.loads], report.layers)
+    return experts if report.groups == 1 else f"{experts}, in {report.groups} router groups"
+
+
 def short_name(model_id: str) -> str:
     """A model's name without the beginning of a long one."""
     return model_id if len(model_id) <= LONGEST_NAME else f"…{model_id[1 - LONGEST_NAME :]}"

@@ -202,6 +202,20 @@ def test_a_family_whose_checkpoint_chooses_the_scoring() -> None:
     assert_equal(profile, expected(model, prompts, [[]] * len(prompts)))
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "groups"),
+    [
+        ("qwen3_moe", {}, 1),
+        ("deepseek_v3", {}, 4),
+        ("deepseek_v2", {}, 4),
+        ("deepseek_v2", {"topk_method": "greedy"}, 1),
+        ("axk2", {"n_group": None, "topk_group": None}, 1),
+    ],
+)
+def test_router_groups_are_those_that_the_router_heeds(family: str, changes: dict[str, Any], groups: int) -> None:
+    assert bind(tiny_model(family, **changes), "tiny").model.groups == groups
+
+
 def test_the_callers_random_numbers_are_left_alone() -> None:
     torch.manual_seed(5)
     expected_next = torch.rand(1)

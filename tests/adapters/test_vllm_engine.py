@@ -145,6 +145,7 @@ def test_router_weights_and_identity(qwen: Kept) -> None:
     assert qwen.engine.model.fingerprint == other.model.fingerprint
     assert qwen.engine.model.architecture == other.model.architecture
     assert qwen.engine.model.scoring == other.model.scoring
+    assert qwen.engine.model.groups == other.model.groups == 1
 
 
 def test_distributions_are_those_of_transformers_and_are_not_counted(qwen: Kept) -> None:
@@ -267,6 +268,7 @@ def test_counts_equal_transformers(
             pytest.skip("one core is not enough for two workers")
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
     with recording(family, tmp_path, engine_args=changes) as kept:
+        assert kept.engine.model.groups == (4 if family == "deepseek_v3" else 1)
         cached = bool(changes.get("enable_prefix_caching"))
         requests = kept.requests(24, seed=11, longest=100)
         if cached:  # half of the prompts begin alike

@@ -136,6 +136,7 @@ def _part(layers: tuple[int, ...], seed: int = 0, *, rank: dict[str, int] | None
     return Part(
         layers=tuple(LayerInfo(index, 4, 1) for index in layers),
         scoring="softmax",
+        groups=2,
         domains=("b", "a")[:domains],
         rank={"dp": 0, "pp": 0, "tp": 0, "dp_size": 1, "pp_size": 1, "writes": True} | (rank or {}),
         requests=3,
@@ -152,6 +153,8 @@ def test_a_part_survives_its_file(tmp_path: Path) -> None:
     loaded = load_part(tmp_path / "part-x.safetensors")
     assert loaded.layers == part.layers
     assert loaded.rank == part.rank
+    assert loaded.groups == part.groups == 2
+    assert to_profile([loaded]).model.groups == 2
     np.testing.assert_array_equal(loaded.sums.cells, part.sums.cells)
     with pytest.raises(ProfileError, match="not what a recording vLLM worker writes"):
         load_part(tmp_path / "nothing")

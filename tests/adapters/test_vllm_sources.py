@@ -96,7 +96,8 @@ MEMBERS: tuple[tuple[str, str | None, str], ...] = (
     (
         _CPU_ROUTER,
         "CPURouter",
-        "scoring_func routed_scaling_factor use_grouped_topk custom_routing_function _hash_indices_table",
+        "scoring_func routed_scaling_factor use_grouped_topk num_expert_group custom_routing_function "
+        "_hash_indices_table",
     ),
     ("vllm/_aiter_ops.py", "rocm_aiter_ops", "is_fused_moe_enabled"),
     # ranks

@@ -1,13 +1,17 @@
 """The whole report as one page: every figure draws, every control acts, in the light and in the dark."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from browser import HOSTILE, Opened, hostile_ran, problems, resize, show_all, visible_text, wait_drawn
+from builders import MODEL, random_profile
 
+from moescope.profiler.profile import LayerInfo
+from moescope.viz.analysis import analyze
 from moescope.viz.report import write_report
 from moescope.viz.report_data import ReportData
 
@@ -36,7 +40,17 @@ def reports(make_report: Maker, tmp_path_factory: pytest.TempPathFactory) -> dic
         report = make_report(**shape)
         page = next(file for file in write_report(report, folder) if file.name == "report.html")
         made[name] = (report, page.rename(folder / f"{number}.html"))
+    report = analysed()
+    page = next(file for file in write_report(report, folder) if file.name == "report.html")
+    made["analysed"] = (report, page.rename(folder / "analysed.html"))
     return made
+
+
+def analysed() -> ReportData:
+    """A report with everything that a profile gives: nulls, within groups too, periods, reliability, use of experts."""
+    layers = tuple(LayerInfo(index, 8, 2) for index in range(12))
+    profile = random_profile(4, model=replace(MODEL, layers=layers, groups=2))
+    return analyze(profile, permutations=50)
 
 
 @pytest.fixture
@@ -56,12 +70,12 @@ def shown_matrix(opened: Opened, figure: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [1280, 1920])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "analysed"])
 def test_every_figure_is_drawn_and_legible(
     reports: dict[str, tuple[ReportData, Path]], show: Show, shape: str, width: int
 ) -> None:
     opened = show(reports[shape][1], width)
-    assert show_all(opened.page) == 9
+    assert show_all(opened.page) == (17 if shape == "analysed" else 9)
     assert problems(opened.page) == []
     assert opened.faults == []
 
@@ -140,8 +154,6 @@ def test_the_page_follows_the_window(opened: Opened) -> None:
 
 
 def test_hostile_names_and_tokens_are_shown_and_do_nothing(make_report: Maker, tmp_path: Path, show: Show) -> None:
-    from dataclasses import replace
-
     texts = tuple(HOSTILE.values())
     report = make_report(model_id=HOSTILE["script"], domains=(HOSTILE["image"], HOSTILE["bidi"]), sampled=True)
     sample = replace(report.sample, texts=texts[:3])
@@ -170,8 +182,6 @@ def test_views_are_chosen_beside_the_figure(opened: Opened, reports: dict[str, t
 
 
 def test_a_comparison_is_one_page(tmp_path: Path, show: Show) -> None:
-    from builders import random_profile
-
     from moescope.viz.comparison_data import compare_profiles
     from moescope.viz.comparison_report import write_comparison
 
@@ -179,7 +189,7 @@ def test_a_comparison_is_one_page(tmp_path: Path, show: Show) -> None:
     write_comparison(compare_profiles(profiles, [HOSTILE["image"], "tuned", HOSTILE["long word"]]), tmp_path)
     for width in (1280, 1920):
         opened = show(tmp_path / "comparison.html", width)
-        assert show_all(opened.page) == 3
+        assert show_all(opened.page) == 4
         assert problems(opened.page) == []
         assert not hostile_ran(opened.page)
         assert opened.faults == []

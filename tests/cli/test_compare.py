@@ -14,6 +14,7 @@ from moescope.profiler.files import load_profile, save_profile
 DOCUMENTED = {
     "comparison.html",
     "comparison.json",
+    "comparison_all.html",
     "comparison_difference.html",
     "comparison_distance.html",
     "comparison_experts.html",
@@ -32,12 +33,13 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_two_profiles_are_compared_in_five_lines(cli: Cli, files: list[Path]) -> None:
+def test_two_profiles_are_compared_in_six_lines(cli: Cli, files: list[Path]) -> None:
     done = cli("compare", *files[:2], "-o", "out")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     assert lines[0] == ("tuned (60 tokens) against base (60 tokens), selection frequency, mean over 3 layers:")
-    assert [line.split(":")[0] for line in lines[1:5]] == ["  distance", "  noise", "  furthest apart", "  moved most"]
+    told = ["  distance", "  noise", "  beyond the draw of prompts", "  furthest apart", "  moved most"]
+    assert [line.split(":")[0] for line in lines[1:6]] == told
     assert lines[-1] == "Wrote the comparison in out"
     assert {file.name for file in Path("out").iterdir()} == DOCUMENTED
     data = json.loads(Path("out/comparison.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)

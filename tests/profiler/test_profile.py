@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from moescope.profiler.errors import InvariantError, OutputError, ProfileError
 from moescope.profiler.files import METADATA_KEY, load_profile, save_profile
-from moescope.profiler.profile import BUFFERS, RoutingProfile, header, merge
+from moescope.profiler.profile import BUFFERS, RoutingProfile, header, merge, parse_header
 from moescope.profiler.totals import Totals
 
 
@@ -108,6 +108,7 @@ def test_the_same_run_twice_is_refused() -> None:
         ({"architecture": "Other"}, "architecture differ"),
         ({"layers": MODEL.layers[:2]}, "MoE layers differ"),
         ({"scoring": "sigmoid"}, "scoring differ"),
+        ({"groups": 2}, "router groups differ"),
         ({"fingerprint": "other"}, "router weights differ"),
         ({"fingerprint": None, "id": "elsewhere"}, "id differ"),
     ],
@@ -115,6 +116,21 @@ def test_the_same_run_twice_is_refused() -> None:
 def test_different_models_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ProfileError, match=f"different models cannot be merged: tiny and .*{message}"):
         merge([random_profile(1), random_profile(2, model=replace(MODEL, **change))])  # type: ignore[arg-type]
+
+
+def test_router_groups_travel_in_the_header_and_older_files_have_none(tmp_path: Path) -> None:
+    grouped = random_profile(3, model=replace(MODEL, groups=2))
+    grouped.save(str(tmp_path / "p.safetensors"))
+    assert RoutingProfile.load(str(tmp_path / "p.safetensors")).model.groups == 2
+    old = json.loads(header(grouped))
+    del old["model"]["groups"]
+    assert parse_header(json.dumps(old))["model"].groups == 1
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_groups_must_divide_the_experts_of_every_layer(groups: int) -> None:
+    with pytest.raises(ProfileError, match=f"divide the experts of every layer; {groups} do not"):
+        random_profile(3, model=replace(MODEL, groups=groups)).check()
 
 
 def test_a_profile_without_fingerprint_bridges_no_different_models() -> None:

@@ -133,6 +133,17 @@ def test_planted_clusters_are_found() -> None:
     excess = (found.observed[0] - found.expected[0])[inside].sum()
     assert found.modularity[0] == pytest.approx(excess / (6000 * 3 * 2))
     assert found.modularity[0] > 0.1
+    assert found.chance_modularity[0] < 0.02
+
+
+def test_where_tokens_choose_independently_clusters_are_those_of_chance() -> None:
+    rng = np.random.default_rng(5)
+    chosen = (rng.random((12, 2000, 32)).argsort(axis=2) < 4).astype(np.int64)
+    stacked = chosen.swapaxes(1, 2) @ chosen
+    found = coactivation(stacked, (4,) * 12, 2000, (32,) * 12, range(12))
+    assert found.modularity.mean() == pytest.approx(found.chance_modularity.mean(), rel=0.15)
+    again = coactivation(stacked, (4,) * 12, 2000, (32,) * 12, range(12))
+    np.testing.assert_array_equal(found.chance_modularity, again.chance_modularity)
 
 
 def test_padding_dead_layers_and_single_choices() -> None:

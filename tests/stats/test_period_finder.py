@@ -132,6 +132,29 @@ def test_the_model_recovers_a_decay() -> None:
     assert np.abs(np.mean(fits, axis=0) - truth).max() < 0.08
 
 
+def deeper() -> NDArray[np.float64]:
+    """Covariance of one alignment that depth strengthens."""
+    depth = np.linspace(0, 1, 40)
+    return np.outer(depth, depth) + 0.1 * np.eye(40)
+
+
+def copies() -> NDArray[np.float64]:
+    """Covariance of blocks of layers that are nearly copies of each other."""
+    block = np.arange(40) // 8
+    return 0.98 * (block[:, None] == block) + 0.02 * np.eye(40)
+
+
+@pytest.mark.parametrize(("covariance", "least"), [(deeper(), 0.2), (copies(), 0.03)], ids=["deeper", "copies"])
+def test_the_model_follows_what_depth_and_blocks_do(covariance: NDArray[np.float64], least: float) -> None:
+    spread = np.sqrt(covariance.diagonal())
+    truth = covariance / np.outer(spread, spread)
+    rng = np.random.default_rng(3)
+    drawn = (np.linalg.cholesky(truth) @ rng.normal(size=(40, 256)) for _ in range(10))
+    fits = [smooth_alignment(np.corrcoef(rows), np.arange(40.0), 256).correlation for rows in drawn]
+    assert np.abs(np.mean(fits, axis=0) - truth).max() < least
+    assert min(np.linalg.eigvalsh(fit)[0] for fit in fits) > 0
+
+
 def test_a_period_does_not_enter_the_model() -> None:
     found = find(planted(period=4, layers=48, share=0.9))
     assert found.model is not None

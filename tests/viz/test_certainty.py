@@ -235,3 +235,31 @@ def test_periodic_bars_carry_the_band_of_chance(repeating: ReportData) -> None:
     assert band.base[place] + band.y[place] == pytest.approx(nulls.free.null_quantiles[2, at])
     assert not any("weak" in label for label in bars.x)
     assert len(periodic_bars(repeating.periodic).data) == 1
+
+
+def test_what_busy_groups_explain_is_told_apart() -> None:
+    rng = np.random.default_rng(8)
+    busy = np.repeat(np.log([4.0, 1.0, 1.0, 0.3]), EXPERTS // 4)
+    profile = drawn(busy + 0.3 * rng.normal(size=(LAYERS, EXPERTS)), 32_000)
+    grouped = replace(profile, model=replace(profile.model, groups=4))
+    plain, report = analyze(profile, permutations=200), analyze(grouped, permutations=200)
+    assert plain.nulls is not None
+    assert report.nulls is not None
+    assert report.nulls.within_groups is not None
+    told = distance_finding(report.nulls)
+    assert told.startswith("At 15 of 15 distances layers correlate more than with experts in random order")
+    assert (
+        " Within the router's 4 groups of experts, whichever of them are busy, they do at no distance (p = 0." in told
+    )
+    assert "groups" not in distance_finding(plain.nulls)
+    within = distance_against_chance(report.nulls).data
+    assert [trace.name for trace in within if trace.name and "groups" in trace.name] == [
+        "95% within router groups",
+        "p = 0.05 within router groups",
+    ]
+    np.testing.assert_array_equal(within[-2].y, report.nulls.within_groups.threshold)
+    assert len(distance_against_chance(plain.nulls).data) == len(within) - 3
+    entry, bare = (analysis_data(one)["correlation_null"]["distances"][2] for one in (report, plain))
+    assert entry["within_groups_p_value_all_looks"] == report.nulls.within_groups.p_family[2] > 0.05
+    assert bare["within_groups_p_value_all_looks"] is None
+    assert "experts         32, in 4 router groups" in summary_text(report)

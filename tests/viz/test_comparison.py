@@ -12,9 +12,15 @@ from builders import MODEL, random_profile
 
 from moescope.profiler.errors import ProfileError
 from moescope.profiler.profile import LayerInfo, ModelInfo, RoutingProfile, merge
-from moescope.viz.comparison import difference_heatmap, distance_lines, moved_bars
+from moescope.viz.comparison import difference_heatmap, distance_lines, distance_matrix, moved_bars
 from moescope.viz.comparison_data import ComparisonData, compare_profiles, distinct_names
-from moescope.viz.comparison_report import comparison_data, comparison_text, findings, write_comparison
+from moescope.viz.comparison_report import (
+    comparison_data,
+    comparison_text,
+    every_finding,
+    findings,
+    write_comparison,
+)
 from moescope.viz.summary import WIDTH
 
 HOSTILE = "<b>&amp; %{x} </b></script><script>alert(1)</script>"
@@ -149,7 +155,7 @@ def test_each_domain_is_compared_with_the_rest(measure: Any) -> None:
             np.testing.assert_array_equal(getattr(pair.result, name), getattr(expected.result, name))
         np.testing.assert_array_equal(pair.result.ratio.jensen_shannon, expected.result.ratio.jensen_shannon)
         assert (pair.reference.tokens, pair.other.tokens) == (others.tokens, alone.tokens)
-    assert len(findings(data)) == 4 + (measure != "frequency")
+    assert len(findings(data)) == 5 + (measure != "frequency")
 
 
 def test_the_noise_is_known_for_the_frequency_alone() -> None:
@@ -268,3 +274,115 @@ def test_files_are_called_by_what_tells_them_apart() -> None:
     ]
     assert names("/r/a/profile.safetensors", "/r/b/../a/profile.safetensors") == ["a", "a (2)"]
     assert names("/profile.safetensors", "/q.safetensors") == ["profile", "q"]
+
+
+def routed(popularity: np.ndarray, prompts: str, seed: int, draw: int, split_seed: int = 0) -> RoutingProfile:
+    """A profile of selections drawn by popularity (L, E) in 16 equal splits."""
+    rng = np.random.default_rng(draw)
+    splits = rng.multinomial(4000, popularity, size=(16, len(popularity))).astype(np.int64)[:, None]
+    base = random_profile(seed, domains=("all",))
+    selections = np.stack([splits.sum(axis=0), np.zeros_like(splits[0])], axis=1)
+    model = replace(MODEL, layers=tuple(LayerInfo(i, popularity.shape[1], 2) for i in range(len(popularity))))
+    return replace(
+        base,
+        model=model,
+        runs=(replace(base.runs[0], prompts_sha256=prompts, settings={"seed": split_seed}),),
+        selection_counts=selections,
+        split_counts=splits,
+        weight_sums=selections / 2.0,
+        token_counts=np.array([[32_000, 0]]),
+        probability_sums=None,
+        probability_tokens=None,
+        coactivation=None,
+    )
+
+
+def planted() -> list[RoutingProfile]:
+    """A base, another draw of it, and one whose layer 2 uses expert 5 more."""
+    rng = np.random.default_rng(31)
+    base = rng.dirichlet(np.full(12, 20.0), size=4)
+    moved = base.copy()
+    moved[2, 5] += 0.05
+    moved /= moved.sum(axis=1, keepdims=True)
+    return [routed(base, "a", 1, 1), routed(base, "b", 2, 2), routed(moved, "c", 3, 3)]
+
+
+def test_what_changed_is_told_from_the_draw_of_prompts() -> None:
+    data = compare_profiles(planted(), ["base", "again", "moved"])
+    same, moved = data.pairs
+    assert same.change is not None
+    assert moved.change is not None
+    assert not same.change.layers_changed.any()
+    assert moved.change.layers_changed.tolist() == [False, False, True, False]
+    assert moved.change.experts_changed[2, 5]
+    lines = findings(data)
+    assert "  beyond the draw of prompts: 0 of 4 layers and 0 of 48 experts (p ≤ 0.05 for all of them" in lines[3]
+    changed = int(moved.change.experts_changed.sum())
+    assert (
+        f"1 of 4 layers and {changed} of 48 experts (p ≤ 0.05 for all of them together, tested over different"
+        in (lines[9])
+    )
+    lines, bars = distance_lines(data.pairs).data, moved_bars(data.pairs).data
+    assert lines[1].marker.symbol == ("circle-open", "circle-open", "circle", "circle-open")
+    assert lines[1].customdata[2][5] == moved.change.layer_p_corrected[2]
+    assert bars[1].y[0] == "layer 2, expert 5"
+    assert bars[1].marker.opacity[0] == 1
+    assert set(bars[0].marker.opacity) == {0.4}
+    np.testing.assert_allclose(
+        difference_heatmap(data.pairs).data[1].customdata[..., 2], moved.change.p_corrected, rtol=1e-6
+    )
+    tests = comparison_data(data)["comparisons"][1]["tests"]
+    assert tests["layer_p_value_all_layers"] == moved.change.layer_p_corrected.tolist()
+    assert (tests["num_layers_changed"], tests["num_experts_changed"], tests["same_prompts"]) == (1, changed, False)
+    first = comparison_data(data)["comparisons"][1]["experts_moved"][0]
+    assert first["p_value_all_experts"] == moved.change.p_corrected[2, 5]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seed", "complete", "paired"),
+    [("a", 0, True, True), ("b", 0, True, False), ("a", 1, True, False), ("a", 0, False, False), ("", 0, True, False)],
+)
+def test_the_same_prompts_in_the_same_splits_are_tested_in_pairs(
+    prompts: str, seed: int, complete: bool, paired: bool
+) -> None:
+    rng = np.random.default_rng(32)
+    popularity = rng.dirichlet(np.full(12, 20.0), size=4)
+    one = routed(popularity, prompts and "a", 1, 1)
+    two = routed(popularity, prompts, 2, 2, split_seed=seed)
+    two = replace(two, runs=(replace(two.runs[0], complete=complete),))
+    data = compare_profiles([one, two])
+    assert data.pairs[0].change is not None
+    assert data.pairs[0].change.paired is paired
+    assert any("the tests take this into account" in remark for remark in data.remarks) is paired
+    assert any("ran the same prompts" in remark for remark in data.remarks) is (prompts == "a")
+
+
+def test_more_than_two_are_held_against_each_other() -> None:
+    data = compare_profiles(planted(), ["base", "again", "moved"])
+    every = data.every
+    np.testing.assert_array_equal(every.between.jensen_shannon[0, 2], data.pairs[1].result.between.jensen_shannon)
+    within = data.pairs[0].result.within_other
+    assert within is not None
+    np.testing.assert_array_equal(every.within.total_variation[1], within.distances.total_variation)
+    trace = distance_matrix(every, data.measure).data[0]
+    assert trace.z[0][2] == pytest.approx(every.between.jensen_shannon[0, 2].mean())
+    assert trace.z[1][1] == pytest.approx(within.distances.jensen_shannon.mean())
+    assert list(trace.customdata[1][2]) == ["again", "moved"]
+    near = every.between.jensen_shannon[0, 1].mean()
+    (told,) = every_finding(every)
+    assert told.startswith(f"of all 3, closest together: base and again ({near:.4f} bits); furthest apart: ")
+    assert told in findings(data)
+    found = comparison_data(data)["all_distances"]
+    assert found["names"] == ["base", "again", "moved"]
+    assert found["jensen_shannon_bits"]["by_layer"][2][1] == every.between.jensen_shannon[1, 2].tolist()
+    assert every_finding(compare_profiles(planted()[:2]).every) == []
+    assert "Each against each" in comparison_text(data)
+
+
+def test_a_measure_without_splits_is_not_tested() -> None:
+    data = compare_profiles(profiles(3), measure="weight")
+    assert data.pairs[0].change is None
+    assert comparison_data(data)["comparisons"][0]["tests"] is None
+    assert comparison_data(data)["all_distances"]["total_variation"]["between_halves"] == [[None] * 3] * 3
+    assert not any("beyond the draw" in line for line in findings(data))
+    assert "p for all" not in distance_lines(data.pairs).data[0].hovertemplate

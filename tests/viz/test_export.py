@@ -155,11 +155,17 @@ def test_tables_hold_the_arrays(export_format: Any, tmp_path: Path) -> None:
     r = float(np.corrcoef(counts[0], counts[2])[0, 1])
     assert [pairs["r"][0], pairs["r"][2]] == [None, None]
     assert pairs["r"][1] == pytest.approx(r, abs=1e-12)
+    nulls = analyze(profile).nulls
+    assert nulls is not None
+    np.testing.assert_allclose(numbers(pairs["p_value"]), [np.nan, nulls.free.cell_p[0, 2], np.nan])
+    assert pairs["within_groups_p_value"] == [None] * 3
 
     patterns = read_table(path, export_format, "periodic_patterns")
     assert patterns["delta"] == [1, 2, 3]
     assert patterns["mean_correlation"] == [None, None, pytest.approx(r)]
     assert patterns["num_pairs"] == [0, 0, 1]
+    assert patterns["p_value_all_looks"] == [None, None, pytest.approx(nulls.free.p_family[0])]
+    assert patterns["interval_high"][2] == pytest.approx(nulls.intervals[1, 0])
 
     tokens = read_table(path, export_format, "tokens")
     assert tokens["domain"] == ["code", "code", "prose", "prose"]
@@ -436,7 +442,7 @@ def test_an_unknown_format_lists_them(tmp_path: Path) -> None:
 def test_a_large_profile_takes_seconds(export_format: Any, tmp_path: Path) -> None:
     profile = wide_profile(domains=64)
     start = time.monotonic()
-    export(profile, tmp_path / "out", export_format)
+    export(profile, tmp_path / "out", export_format, permutations=0)
     assert time.monotonic() - start < 20  # two or three on an idle machine
     if export_format == "parquet":
         found = read_parquet(tmp_path / "out" / "experts_by_domain.parquet")

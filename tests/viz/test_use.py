@@ -7,6 +7,7 @@ import pytest
 from builders import ENGINE
 
 from moescope.profiler.profile import LayerInfo, ModelInfo, RoutingProfile, RunInfo
+from moescope.stats.use import expert_coverage
 from moescope.viz.analysis import analyze
 from moescope.viz.report_data import ExpertsUsed, ReportData
 from moescope.viz.report_page import report_page
@@ -14,6 +15,7 @@ from moescope.viz.structured import analysis_data
 from moescope.viz.summary import summary_text
 from moescope.viz.use import effective_by_layer, phases_by_layer, placement_by_layer, specialised_experts
 from moescope.viz.use_findings import specialised_table, together_table, use_findings
+from moescope.viz.use_trees import use_trees
 
 LAYERS, EXPERTS, TOKENS = 3, 8, 400
 DOMAINS = ("code", "prose")
@@ -84,7 +86,7 @@ def test_a_profile_without_preference_says_so() -> None:
 
 
 def test_evenness_phases_pairs_and_placement_are_told(used: ExpertsUsed) -> None:
-    even, _, phases, together, placed = use_findings(used)
+    even, _, phases, together, placed, covered = use_findings(used)
     assert f"as over {np.median(used.use.effective):.1f} equally used experts of 8" in even
     assert "That is no test: tokens of a prompt" in phases
     observed = int(used.coactivation.observed[1, 2, 5])  # type: ignore[union-attr]
@@ -92,8 +94,33 @@ def test_evenness_phases_pairs_and_placement_are_told(used: ExpertsUsed) -> None
     assert used.placement is not None
     assert used.placement.gpus == 8
     assert f"carries {np.median(used.placement.contiguous):.2f} times the mean" in placed
+    clusters = used.coactivation
+    assert clusters is not None
+    held, chance = np.median(clusters.modularity), np.median(clusters.chance_modularity)
+    assert f"hold {held:.1%} of a layer's pairs beyond chance in the median layer" in together
+    assert f"clusters found in the same way would hold {chance:.1%}." in together
+    short = int((used.coverage.seen < 128).sum())
+    assert covered.startswith(f"Fewer than 128 tokens reached {short} of 24 experts. About ")
     rows = together_table(used.coactivation)[2]  # type: ignore[arg-type, index]
     assert rows[0][:4] == (1, 2, 5, observed)
+
+
+def test_experts_that_few_tokens_reached_are_told_with_what_would_do(used: ExpertsUsed) -> None:
+    counts = np.full((LAYERS, EXPERTS), 200)
+    counts[0, 3], counts[2, 1] = 50, 0
+    few = expert_coverage(counts, 800, 128, (EXPERTS,) * LAYERS, range(LAYERS))
+    told = use_findings(replace(used, coverage=few))[-1]
+    assert told == (
+        "Fewer than 128 tokens reached 2 of 24 experts. About 2,048 tokens of this kind would be enough for all but "
+        "the 1 never chosen."
+    )
+    counts[0, 3] = 200
+    never = expert_coverage(counts, 800, 128, (EXPERTS,) * LAYERS, range(LAYERS))
+    assert "How many would be enough cannot be told" in use_findings(replace(used, coverage=never))[-1]
+    enough = expert_coverage(counts, 800, 0, (EXPERTS,) * LAYERS, range(LAYERS))
+    assert use_findings(replace(used, coverage=enough))[-1] == "Every expert was reached by 0 tokens or more."
+    data = use_trees(replace(used, coverage=few))["coverage"]["layers"]
+    assert [layer["tokens_enough"] for layer in data] == [2048, 800, None]
 
 
 def test_the_figures_show_these_numbers(used: ExpertsUsed) -> None:
@@ -120,6 +147,10 @@ def test_summary_page_and_structured_data_hold_them(report: ReportData, used: Ex
     assert data["expert_use"]["layers"][1]["effective_experts"] == used.use.effective[1]
     assert data["coactivation"]["strongest"][0]["expert_j"] == 5
     assert data["placement"]["num_gpus"] == 8
+    assert data["coverage"]["least_tokens"] == 128
+    assert [layer["experts_under"] for layer in data["coverage"]["layers"]] == used.coverage.under.tolist()
+    chance = used.coactivation.chance_modularity.tolist()  # type: ignore[union-attr]
+    assert [layer["chance_modularity"] for layer in data["coactivation"]["layers"]] == chance
     assert data["phases"]["num_domains"] == 2
 
 
