@@ -1040,7 +1040,7 @@ def trace_head(
     slots = [slot for slot, info in enumerate(layers) if layer in (None, info.index)]
     if not slots:
         raise OptionError(f"--layer {layer}: the MoE layers are {', '.join(str(info.index) for info in layers)}")
-    parts = found.rows(0, count) if request is None else [found.requests([request])]
+    parts = found.rows(0, count) if request is None else [found.request(request)]
     typer.echo("request position    token phase   domain      experts by layer")
     for rows in parts:
         for i in range(min(len(rows), count)):
@@ -1063,21 +1063,22 @@ def trace_verify(folder: Annotated[Path, typer.Argument(help="Folder of a trace.
     """
     from moescope.profiler.errors import TraceError
     from moescope.profiler.trace import Trace
+    from moescope.viz.wording import counted
 
     found = Trace(folder)
     result = found.verify()
     for name in result.unlisted:
         typer.echo(f"{name} is not in the index: the run was cut off before it was finished")
     if result.unfinished:
-        typer.echo(f"{result.unfinished:,} tokens are of a batch that was not finished; they are left out")
+        typer.echo(f"Left out {counted(result.unfinished, 'token')} of a batch that was not finished")
     if result.damaged:
         for _, fault in result.damaged[1:]:
             typer.echo(fault)
         raise TraceError(
-            f"{result.damaged[0][1]}; {len(result.damaged)} of {len(found.index.shards)} shards are damaged: "
-            f"{result.rows_lost:,} tokens are lost, {result.rows:,} verify"
+            f"{result.damaged[0][1]}; damaged: {len(result.damaged):,} of {counted(len(found.index.shards), 'shard')}; "
+            f"{counted(result.rows_lost, 'token')} lost, {result.rows:,} verified"
         )
-    typer.echo(f"{result.rows:,} tokens in {len(found.index.shards):,} shards verify")
+    typer.echo(f"Verified {counted(result.rows, 'token')} in {counted(len(found.index.shards), 'shard')}")
 
 
 @traces.command("export")
@@ -1095,9 +1096,10 @@ def trace_export(
     """
     from moescope.profiler.trace import Trace
     from moescope.profiler.trace_export import export_trace
+    from moescope.viz.wording import counted
 
     rows = export_trace(Trace(folder), output, export_format.value, force=force)
-    typer.echo(f"Wrote {output}: {rows:,} tokens")
+    typer.echo(f"Wrote {output}: {counted(rows, 'token')}")
 
 
 @traces.command("view")
@@ -1132,6 +1134,7 @@ def trace_view(
     from moescope.profiler.trace_excerpt import excerpt
     from moescope.viz.trace_view import excerpt_view
     from moescope.viz.trace_view_page import write_trace_view
+    from moescope.viz.wording import counted
 
     file = output or folder.absolute().with_name(f"{folder.absolute().name}_view.html")
     if file.exists() and (not force or not file.is_file()):
@@ -1142,7 +1145,7 @@ def trace_view(
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
     write_trace_view(view, file)
-    typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} request(s)")
+    typer.echo(f"Wrote {file}: {counted(len(view.token), 'token')} of {counted(len(view.requests), 'request')}")
 
 
 @traces.command("analyze")
@@ -1187,6 +1190,7 @@ def trace_analyze(
     from moescope.viz.trace_analysis import analyze_trace
     from moescope.viz.trace_findings import trace_findings, trace_notes
     from moescope.viz.trace_report import write_trace_analysis
+    from moescope.viz.wording import counted
 
     found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or min(cores(), 4)
     path = output_dir or _new_folder("moescope_trace")
@@ -1210,7 +1214,13 @@ def trace_analyze(
             written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
         except OSError as error:
             raise OutputError(f"cannot write the page into {path}: {error.strerror or error}") from error
-    typer.echo(f"{analysis.tokens:,} tokens of {analysis.requests:,} requests, {len(analysis.layers)} MoE layers")
+    typer.echo(
+        f"{counted(analysis.tokens, 'token')} of {counted(analysis.requests, 'request')}, "
+        f"{counted(len(analysis.layers), 'MoE layer')}"
+    )
+    if chosen is not None and len(chosen) > analysis.requests:
+        missing = len(chosen) - analysis.requests
+        typer.echo(f"Not in the trace: {missing:,} of the {len(chosen):,} requests asked for")
     for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
         typer.echo(sentence)
     typer.echo(f"Wrote {' and '.join(map(str, written))}")

@@ -536,6 +536,25 @@ class Trace:
                 found.append(self.read_shard(shard, first_row, int(run[-1]) + 1, check=False).take(run - first_row))
         return TraceRows.concatenate(found)
 
+    def request(self, number: int, *, check: bool = True) -> TraceRows:
+        """All tokens of one request; see `requests`.
+
+        Args:
+            number: Its number.
+            check: Hold each shard that may have it against its checksum.
+
+        Raises:
+            TraceError: The trace does not hold it, or a shard is missing or damaged.
+        """
+        rows = self.requests([number], check=check)
+        if not self.tokens:
+            raise TraceError(f"{self.folder} holds no tokens of a finished batch")
+        if not len(rows):
+            shards = self.index.shards
+            span = f"{min(s.first_request for s in shards)} to {max(s.last_request for s in shards)}"
+            raise TraceError(f"{self.folder} holds no request {number}; its requests lie in {span}")
+        return rows
+
     def column(self, shard: Shard, name: str) -> NDArray[Any]:
         """One column of a shard, for all its rows, without reading the others; the checksum is not looked at.
 

@@ -12,6 +12,7 @@ from moescope.stats.repetition import Repetition
 from moescope.stats.token_groups import TokenGroups
 from moescope.viz.trace_analysis import TraceAnalysis
 from moescope.viz.trace_figures import most_particular, position_names, token_name, window_names
+from moescope.viz.wording import counted
 
 CLEAR = 2.0
 """Times its floor from which a distance is called clear: tokens of a request are not independent."""
@@ -99,8 +100,9 @@ def _next_layer(found: LayerAgreement) -> str:
     best = np.unravel_index(int(np.nanargmax(found.explained)), found.explained.shape)
     return (
         f"A token's experts in one MoE layer explain {_percent(_mean(after))} of the variance of those in the next "
-        f"(mean of {np.isfinite(after).sum()} pairs; by chance {chance:.2%}, already taken off). Most is told by "
-        f"layer {found.layers[best[0]]} of layer {found.layers[best[1]]}: {_percent(float(found.explained[best]))}."
+        f"(mean of {counted(int(np.isfinite(after).sum()), 'pair')}; by chance {chance:.2%}, already taken off). "
+        f"Layer {found.layers[best[0]]} tells most, of layer {found.layers[best[1]]}: "
+        f"{_percent(float(found.explained[best]))}."
     )
 
 
@@ -122,8 +124,8 @@ def _same_index(found: LayerAgreement) -> str:
     )
     return (
         f"Token by token, experts of the same index are shared most by layers Δ = {deltas[best]} apart: "
-        f"{_percent(overlap)}, by chance {_percent(chance)}; at the median distance {_points(_median(beyond))} beyond "
-        "chance."
+        f"{_percent(overlap)}, by chance {_percent(chance)}; at the median distance {_points(_median(beyond))} "
+        "against chance."
     )
 
 
@@ -194,7 +196,7 @@ def _later(found: TokenGroups) -> str:
 def _time(analysis: TraceAnalysis) -> str:
     found = analysis.time
     if len(found.tokens) < 3:
-        return f"The longest request has {int(found.tokens.sum()):,} tokens: too few to look at its course."
+        return f"The longest request has {counted(int(found.tokens.sum()), 'token')}: too few to look at its course."
     course = _mean(found.from_before.ravel()), _mean(found.before_floor.ravel())
     return (
         f"In the longest request ({analysis.longest}; {int(found.tokens.sum()):,} tokens), windows of "
@@ -246,4 +248,7 @@ def _points(share: float) -> str:
 
 def _times(value: float, floor: float) -> str:
     """How many times its floor."""
-    return f"{value / floor:.1f} ×" if floor > 0 else "∞ ×" if value > 0 else "1.0 ×"
+    if floor <= 0:
+        return "∞ ×" if value > 0 else "1.0 ×"
+    ratio = value / floor
+    return f"{ratio:.1f} ×" if ratio < 100 else f"{ratio:,.0f} ×"
