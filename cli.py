@@ -997,6 +997,7 @@ def trace_info(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")
       moescope trace info results/trace
     """
     from moescope.profiler.trace import Trace
+    from moescope.viz.wording import in_bytes
 
     found = Trace(folder)
     about, index = found.about, found.index
@@ -1013,7 +1014,7 @@ def trace_info(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")
         + (f"; {found.unfinished:,} more of a batch that was not finished" if found.unfinished else ""),
         "domains": f"{len(about.domains)} ({', '.join(about.domains)})",
         "holds": ", ".join(about.columns),
-        "shards": f"{len(index.shards)}, {size / 1e6:,.1f} MB, {size / max(index.rows, 1):,.1f} bytes a token",
+        "shards": f"{len(index.shards):,}, {in_bytes(size)}, {size / max(index.rows, 1):,.1f} bytes a token",
     }
     for name, value in rows.items():
         typer.echo(f"{name:<11}{value}")
@@ -1069,8 +1070,6 @@ def trace_verify(folder: Annotated[Path, typer.Argument(help="Folder of a trace.
     result = found.verify()
     for name in result.unlisted:
         typer.echo(f"{name} is not in the index: the run was cut off before it was finished")
-    if result.unfinished:
-        typer.echo(f"Left out {counted(result.unfinished, 'token')} of a batch that was not finished")
     if result.damaged:
         for _, fault in result.damaged[1:]:
             typer.echo(fault)
@@ -1078,7 +1077,8 @@ def trace_verify(folder: Annotated[Path, typer.Argument(help="Folder of a trace.
             f"{result.damaged[0][1]}; damaged: {len(result.damaged):,} of {counted(len(found.index.shards), 'shard')}; "
             f"{counted(result.rows_lost, 'token')} lost, {result.rows:,} verified"
         )
-    typer.echo(f"Verified {counted(result.rows, 'token')} in {counted(len(found.index.shards), 'shard')}")
+    unfinished = f", {result.unfinished:,} of a batch that was not finished" if result.unfinished else ""
+    typer.echo(f"Verified {counted(result.rows, 'token')} in {counted(len(found.index.shards), 'shard')}{unfinished}")
 
 
 @traces.command("export")
@@ -1144,7 +1144,10 @@ def trace_view(
     for remark in remarks:
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
-    write_trace_view(view, file)
+    try:
+        write_trace_view(view, file)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
     typer.echo(f"Wrote {file}: {counted(len(view.token), 'token')} of {counted(len(view.requests), 'request')}")
 
 
@@ -1269,10 +1272,12 @@ def _tokenizer(traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | 
 
 def _traced(counts: Mapping[str, Any]) -> str:
     """How many requests a trace holds, and why it leaves out the others."""
+    from moescope.viz.wording import counted
+
     reasons = {"sampled_out": "by the sample", "slow": "as the disk was too slow", "limited": "by the limit"}
     left_out = [f"{counts[name]:,} left out {why}" for name, why in reasons.items() if counts[name]]
     share = counts["traced"] / max(counts["requests"], 1)
-    return ", ".join([f"{counts['traced']:,} of {counts['requests']:,} requests ({share:.1%})", *left_out])
+    return ", ".join([f"{counts['traced']:,} of {counted(counts['requests'], 'request')} ({share:.1%})", *left_out])
 
 
 def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def _later(found: TokenGroups) -> str:
     """The position after the first whose routing is furthest from all others, in units of chance."""
     if len(found.tokens) < 3:
         return ""
-    return _furthest(found, position_names(found), slice(1, None), "After the first token, positions", "others")
+    return _furthest(found, position_names(found), slice(1, None), "After the first token, position", "others")
 
 
 def _time(analysis: TraceAnalysis) -> str:
@@ -212,8 +212,10 @@ def _furthest(found: TokenGroups, names: Sequence[str], within: slice, what: str
         return ""
     place = int(np.nanargmax(ratio))
     clear = "" if ratio[place] >= CLEAR else ": no more than the order of tokens brings"
+    name = list(names)[within][place]
+    many = name.endswith("+") or "-" in name
     return (
-        f"{what} {list(names)[within][place]} stand{'s' * what.startswith('The')} furthest from {others}: "
+        f"{what}{'s' * many} {name} stand{'s' * (not many)} furthest from {others}: "
         f"{distance[place]:.2g} bits, {_times(float(distance[place]), float(floor[place]))} chance{clear}."
     )
 

@@ -198,6 +198,8 @@ def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
     assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 requests\n"), done.err
     assert "Tokens are shown by their ids: tiny has no tokenizer that can be read" in done.err
     page = Path("new/a.html").read_text(encoding="utf-8")
+    refused = cli("trace", "view", "t", "-o", "t/trace.json/a.html")
+    assert (refused.code, refused.error) == (2, "moescope: cannot write t/trace.json/a.html: File exists")
     assert '"texts":null' in page
     assert "Tokens are shown by their ids: tiny has no tokenizer" in page
 
