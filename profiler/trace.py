@@ -623,6 +623,8 @@ class Trace:
             or rows.split.max() >= SPLITS
         ):
             return "a phase, domain or split is out of range"
+        if rows.weights is not None and not np.isfinite(rows.weights).all():
+            return "a weight is not finite"
         if (rows.request.min(), rows.request.max()) != (shard.first_request, shard.last_request):
             return "its requests are not those of the index"
         order = np.argsort(rows.request, kind="stable")
@@ -662,8 +664,8 @@ class Trace:
                 part = shard_rows.take(slice(start, start + _COUNTED_ROWS))
                 try:
                     _count(part, about.model, tokens, counts, units)
-                except (ValueError, IndexError) as error:
-                    raise TraceError(f"{self.folder}: an id, phase, domain or split is out of range") from error
+                except ValueError as error:
+                    raise TraceError(f"{self.folder}: {error}") from error
         settings = {**about.run.settings, "from_trace": {"requests": last.requests, "traced": last.traced}}
         run = replace(
             about.run,
@@ -697,6 +699,12 @@ def _count(
     """Add rows to tokens [D,P], counts [S,D,P,L,E] and, if there are weights, units [D,P,L,E] of 2**-24."""
     cells = counts.shape[:3]
     width = counts.shape[-1]
+    if any(
+        column.max(initial=0) >= size for column, size in zip((rows.split, rows.domain, rows.phase), cells, strict=True)
+    ):
+        raise ValueError("a phase, domain or split is out of range")
+    if rows.weights is not None and not np.isfinite(rows.weights).all():
+        raise ValueError("a weight is not finite")
     group = np.ravel_multi_index((rows.split, rows.domain, rows.phase), cells)
     used, group = np.unique(group, return_inverse=True)
     split, domain, phase = np.unravel_index(used, cells)
@@ -704,7 +712,7 @@ def _count(
     for slot, layer in enumerate(model.layers):
         ids = rows.experts[:, slot, : layer.top_k]
         if ids.max(initial=0) >= layer.experts:
-            raise IndexError("expert id")
+            raise ValueError(f"layer {layer.index}: an expert id is out of range")
         bins = (group[:, None] * width + ids).reshape(-1)
         found = np.bincount(bins, minlength=len(used) * width).reshape(len(used), width)
         counts[split, domain, phase, slot] += found
