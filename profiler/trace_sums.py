@@ -23,8 +23,6 @@ LAGS: Final = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 HELD: Final = 8
 #: Tokens that are compared at all lags, and with a random one of their request; all are at lag 1.
 ANCHORS: Final = 100_000
-#: Random other tokens of its request that a token is compared with at most: more than one where a trace is short.
-PARTNERS: Final = 32
 #: Windows of the longest request, and the fewest tokens of one.
 WINDOWS: Final = 48
 LEAST_WINDOW: Final = 32
@@ -65,7 +63,7 @@ class TraceSums:
         lag_kept: int64 (G, L), experts shared with it.
         held_windows: int64 (M,), anchors with the m - 1 tokens before them in hand, for m = 1 to `HELD`.
         held: int64 (M, L), experts that an anchor and all those m - 1 tokens have.
-        random_pairs: Pairs of an anchor and a random other token of its request.
+        random_pairs: Anchors that were compared with another token of their request.
         random_kept: int64 (L,), experts shared with a random other token of the request, drawn from those of the same
             shard.
         longest: Number of the longest request.
@@ -266,7 +264,6 @@ class _Reading:
         edges = np.linspace(0, self.tokens, min(pair_tokens, self.tokens) + 1).astype(np.int64)
         self.drawn = edges[:-1] + (self.rng.random(len(edges) - 1) * np.diff(edges)).astype(np.int64)
         self.anchor_share = min(1.0, ANCHORS / self.tokens)
-        self.partners = min(max(ANCHORS // self.tokens, 1), PARTNERS)
         self.lock = threading.Lock()
 
     def _scan(self, vocabulary: int) -> None:
@@ -321,7 +318,7 @@ class _Reading:
                 sample[first:last] = rows.experts[self.drawn[first:last] - done]
                 in_hand = self._sorted(rows, history, longest)
                 anchors = self.rng.random(len(in_hand.order)) < self.anchor_share
-                others = self.rng.random((self.partners, len(in_hand.order)))
+                others = self.rng.random(len(in_hand.order))
                 starts = range(0, len(in_hand.order), _BLOCK)
                 list(pool.map(lambda at: self._counted(in_hand, at, anchors, others, spare), starts))  # noqa: B023
                 longest += int((rows.request == self.numbers[self.longest]).sum())
@@ -546,11 +543,10 @@ class _Reading:
                 self._hold(sums, lag, held, reaches)
         begin = in_hand.begin[anchors]
         length = in_hand.end[anchors] - begin
-        for draw in others:
-            other = begin + (draw[anchors] * (length - 1)).astype(np.intp)
-            other += other >= anchors  # any but itself
-            sums.totals[2] += np.count_nonzero(length > 1)
-            sums.random_kept += self._shared(own, in_hand, other, length > 1).sum(axis=(1, 2))
+        other = begin + (others[anchors] * (length - 1)).astype(np.intp)
+        other += other >= anchors  # any but itself
+        sums.totals[2] += np.count_nonzero(length > 1)
+        sums.random_kept += self._shared(own, in_hand, other, length > 1).sum(axis=(1, 2))
 
     def _hold(self, sums: _Counts, lag: int, held: NDArray[np.bool_], reaches: NDArray[np.bool_]) -> None:
         sums.held_windows[lag] += np.count_nonzero(reaches)
