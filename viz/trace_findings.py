@@ -100,9 +100,8 @@ def _next_layer(found: LayerAgreement) -> str:
     best = np.unravel_index(int(np.nanargmax(found.explained)), found.explained.shape)
     return (
         f"A token's experts in one MoE layer explain {_percent(_mean(after))} of the variance of those in the next "
-        f"(mean of {counted(int(np.isfinite(after).sum()), 'pair')}; by chance {chance:.2%}, already taken off). "
-        f"Layer {found.layers[best[0]]} tells most, of layer {found.layers[best[1]]}: "
-        f"{_percent(float(found.explained[best]))}."
+        f"(mean of {np.isfinite(after).sum()} pairs; by chance {chance:.2%}, already taken off). Most is told by "
+        f"layer {found.layers[best[0]]} of layer {found.layers[best[1]]}: {_percent(float(found.explained[best]))}."
     )
 
 
@@ -124,8 +123,8 @@ def _same_index(found: LayerAgreement) -> str:
     )
     return (
         f"Token by token, experts of the same index are shared most by layers Δ = {deltas[best]} apart: "
-        f"{_percent(overlap)}, by chance {_percent(chance)}; at the median distance {_points(_median(beyond))} "
-        "against chance."
+        f"{_percent(overlap)}, by chance {_percent(chance)}; at the median distance {_points(_median(beyond))} beyond "
+        "chance."
     )
 
 

@@ -107,7 +107,7 @@ def test_findings_have_their_numbers_with_chance_beside_them(found: TraceAnalysi
         f"to {repeated.kept.max():.1%} in layer 0; by chance, any two tokens of the trace share "
         f"{repeated.chance.mean():.1%}, two of one request {repeated.within.mean():.1%}.",
         f"An expert stays for {repeated.run.mean():.2f} tokens, by chance {repeated.run_chance.mean():.2f}",
-        "tells most, of layer",
+        "Most is told by layer",
         "100.0%. Token by token",
         f"The token id decides {vocabulary.decided.mean():.1%} of which experts are chosen",
         "over the 20 most frequent ids, 100.0% of the tokens",
