@@ -1017,6 +1017,7 @@ def trace_info(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")
       moescope trace info results/trace
     """
     from moescope.profiler.trace import Trace
+    from moescope.viz.wording import in_bytes
 
     found = Trace(folder)
     about, index = found.about, found.index
@@ -1033,7 +1034,7 @@ def trace_info(folder: Annotated[Path, typer.Argument(help="Folder of a trace.")
         + (f"; {found.unfinished:,} more of a batch that was not finished" if found.unfinished else ""),
         "domains": f"{len(about.domains)} ({', '.join(about.domains)})",
         "holds": ", ".join(about.columns),
-        "shards": f"{len(index.shards)}, {size / 1e6:,.1f} MB, {size / max(index.rows, 1):,.1f} bytes a token",
+        "shards": f"{len(index.shards):,}, {in_bytes(size)}, {size / max(index.rows, 1):,.1f} bytes a token",
     }
     for name, value in rows.items():
         typer.echo(f"{name:<11}{value}")
@@ -1060,7 +1061,7 @@ def trace_head(
     slots = [slot for slot, info in enumerate(layers) if layer in (None, info.index)]
     if not slots:
         raise OptionError(f"--layer {layer}: the MoE layers are {', '.join(str(info.index) for info in layers)}")
-    parts = found.rows(0, count) if request is None else [found.requests([request])]
+    parts = found.rows(0, count) if request is None else [found.request(request)]
     typer.echo("request position    token phase   domain      experts by layer")
     for rows in parts:
         for i in range(min(len(rows), count)):
@@ -1083,21 +1084,21 @@ def trace_verify(folder: Annotated[Path, typer.Argument(help="Folder of a trace.
     """
     from moescope.profiler.errors import TraceError
     from moescope.profiler.trace import Trace
+    from moescope.viz.wording import counted
 
     found = Trace(folder)
     result = found.verify()
     for name in result.unlisted:
         typer.echo(f"{name} is not in the index: the run was cut off before it was finished")
-    if result.unfinished:
-        typer.echo(f"{result.unfinished:,} tokens are of a batch that was not finished; they are left out")
     if result.damaged:
         for _, fault in result.damaged[1:]:
             typer.echo(fault)
         raise TraceError(
-            f"{result.damaged[0][1]}; {len(result.damaged)} of {len(found.index.shards)} shards are damaged: "
-            f"{result.rows_lost:,} tokens are lost, {result.rows:,} verify"
+            f"{result.damaged[0][1]}; damaged: {len(result.damaged):,} of {counted(len(found.index.shards), 'shard')}; "
+            f"{counted(result.rows_lost, 'token')} lost, {result.rows:,} verified"
         )
-    typer.echo(f"{result.rows:,} tokens in {len(found.index.shards):,} shards verify")
+    unfinished = f", {result.unfinished:,} of a batch that was not finished" if result.unfinished else ""
+    typer.echo(f"Verified {counted(result.rows, 'token')} in {counted(len(found.index.shards), 'shard')}{unfinished}")
 
 
 @traces.command("export")
@@ -1115,9 +1116,10 @@ def trace_export(
     """
     from moescope.profiler.trace import Trace
     from moescope.profiler.trace_export import export_trace
+    from moescope.viz.wording import counted
 
     rows = export_trace(Trace(folder), output, export_format.value, force=force)
-    typer.echo(f"Wrote {output}: {rows:,} tokens")
+    typer.echo(f"Wrote {output}: {counted(rows, 'token')}")
 
 
 @traces.command("view")
@@ -1152,6 +1154,7 @@ def trace_view(
     from moescope.profiler.trace_excerpt import excerpt
     from moescope.viz.trace_view import excerpt_view
     from moescope.viz.trace_view_page import write_trace_view
+    from moescope.viz.wording import counted
 
     file = output or folder.absolute().with_name(f"{folder.absolute().name}_view.html")
     if file.exists() and (not force or not file.is_file()):
@@ -1161,8 +1164,11 @@ def trace_view(
     for remark in remarks:
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
-    write_trace_view(view, file)
-    typer.echo(f"Wrote {file}: {len(view.token):,} tokens of {len(view.requests):,} request(s)")
+    try:
+        write_trace_view(view, file)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror or error}") from error
+    typer.echo(f"Wrote {file}: {counted(len(view.token), 'token')} of {counted(len(view.requests), 'request')}")
 
 
 @traces.command("analyze")
@@ -1207,6 +1213,7 @@ def trace_analyze(
     from moescope.viz.trace_analysis import analyze_trace
     from moescope.viz.trace_findings import trace_findings, trace_notes
     from moescope.viz.trace_report import write_trace_analysis
+    from moescope.viz.wording import counted
 
     found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or min(cores(), 4)
     path = output_dir or _new_folder("moescope_trace")
@@ -1230,7 +1237,13 @@ def trace_analyze(
             written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
         except OSError as error:
             raise OutputError(f"cannot write the page into {path}: {error.strerror or error}") from error
-    typer.echo(f"{analysis.tokens:,} tokens of {analysis.requests:,} requests, {len(analysis.layers)} MoE layers")
+    typer.echo(
+        f"{counted(analysis.tokens, 'token')} of {counted(analysis.requests, 'request')}, "
+        f"{counted(len(analysis.layers), 'MoE layer')}"
+    )
+    if chosen is not None and len(chosen) > analysis.requests:
+        missing = len(chosen) - analysis.requests
+        typer.echo(f"Not in the trace: {missing:,} of the {len(chosen):,} requests asked for")
     for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
         typer.echo(sentence)
     typer.echo(f"Wrote {' and '.join(map(str, written))}")
@@ -1279,10 +1292,12 @@ def _tokenizer(traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | 
 
 def _traced(counts: Mapping[str, Any]) -> str:
     """How many requests a trace holds, and why it leaves out the others."""
+    from moescope.viz.wording import counted
+
     reasons = {"sampled_out": "by the sample", "slow": "as the disk was too slow", "limited": "by the limit"}
     left_out = [f"{counts[name]:,} left out {why}" for name, why in reasons.items() if counts[name]]
     share = counts["traced"] / max(counts["requests"], 1)
-    return ", ".join([f"{counts['traced']:,} of {counts['requests']:,} requests ({share:.1%})", *left_out])
+    return ", ".join([f"{counts['traced']:,} of {counted(counts['requests'], 'request')} ({share:.1%})", *left_out])
 
 
 def _cache_dtypes(dtype: Dtype) -> tuple[str, ...]:

@@ -182,7 +182,7 @@ def describe(rows: Sequence[Row]) -> str:
     quiet = "on a quiet machine" if load <= QUIET else "BESIDE OTHER LOAD, timings are rough"
     vllm = next((f"vLLM {row.host.vllm}, " for row in rows if row.host.vllm), "")
     return (
-        f"{host.device}; {host.threads} threads; Python {host.python}, torch {host.torch}, "
+        f"{host.device}; {host.threads} thread{'s' * (host.threads != 1)}; Python {host.python}, torch {host.torch}, "
         f"transformers {host.transformers}, {vllm}moescope {host.moescope}; {host.date}; "
         f"other processes took up to {load:.2f} cores: {quiet}"
     )

@@ -536,6 +536,25 @@ class Trace:
                 found.append(self.read_shard(shard, first_row, int(run[-1]) + 1, check=False).take(run - first_row))
         return TraceRows.concatenate(found)
 
+    def request(self, number: int, *, check: bool = True) -> TraceRows:
+        """All tokens of one request; see `requests`.
+
+        Args:
+            number: Its number.
+            check: Hold each shard that may have it against its checksum.
+
+        Raises:
+            TraceError: The trace does not hold it, or a shard is missing or damaged.
+        """
+        rows = self.requests([number], check=check)
+        if not self.tokens:
+            raise TraceError(f"{self.folder} holds no tokens of a finished batch")
+        if not len(rows):
+            shards = self.index.shards
+            span = f"{min(s.first_request for s in shards)} to {max(s.last_request for s in shards)}"
+            raise TraceError(f"{self.folder} holds no request {number}; its requests lie in {span}")
+        return rows
+
     def column(self, shard: Shard, name: str) -> NDArray[Any]:
         """One column of a shard, for all its rows, without reading the others; the checksum is not looked at.
 
@@ -604,6 +623,8 @@ class Trace:
             or rows.split.max() >= SPLITS
         ):
             return "a phase, domain or split is out of range"
+        if rows.weights is not None and not np.isfinite(rows.weights).all():
+            return "a weight is not finite"
         if (rows.request.min(), rows.request.max()) != (shard.first_request, shard.last_request):
             return "its requests are not those of the index"
         order = np.argsort(rows.request, kind="stable")
@@ -643,8 +664,8 @@ class Trace:
                 part = shard_rows.take(slice(start, start + _COUNTED_ROWS))
                 try:
                     _count(part, about.model, tokens, counts, units)
-                except (ValueError, IndexError) as error:
-                    raise TraceError(f"{self.folder}: an id, phase, domain or split is out of range") from error
+                except ValueError as error:
+                    raise TraceError(f"{self.folder}: {error}") from error
         settings = {**about.run.settings, "from_trace": {"requests": last.requests, "traced": last.traced}}
         run = replace(
             about.run,
@@ -678,6 +699,12 @@ def _count(
     """Add rows to tokens [D,P], counts [S,D,P,L,E] and, if there are weights, units [D,P,L,E] of 2**-24."""
     cells = counts.shape[:3]
     width = counts.shape[-1]
+    if any(
+        column.max(initial=0) >= size for column, size in zip((rows.split, rows.domain, rows.phase), cells, strict=True)
+    ):
+        raise ValueError("a phase, domain or split is out of range")
+    if rows.weights is not None and not np.isfinite(rows.weights).all():
+        raise ValueError("a weight is not finite")
     group = np.ravel_multi_index((rows.split, rows.domain, rows.phase), cells)
     used, group = np.unique(group, return_inverse=True)
     split, domain, phase = np.unravel_index(used, cells)
@@ -685,7 +712,7 @@ def _count(
     for slot, layer in enumerate(model.layers):
         ids = rows.experts[:, slot, : layer.top_k]
         if ids.max(initial=0) >= layer.experts:
-            raise IndexError("expert id")
+            raise ValueError(f"layer {layer.index}: an expert id is out of range")
         bins = (group[:, None] * width + ids).reshape(-1)
         found = np.bincount(bins, minlength=len(used) * width).reshape(len(used), width)
         counts[split, domain, phase, slot] += found

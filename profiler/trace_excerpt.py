@@ -86,11 +86,7 @@ def _chosen(trace: Trace, requests: Sequence[int], tokens: int) -> list[tuple[Tr
     for number in dict.fromkeys(requests):
         if not left:
             raise OptionError(f"--tokens {tokens} is used up before request {number}; raise it, or ask for fewer")
-        rows = trace.requests([number], check=False)
-        if not len(rows):
-            shards = trace.index.shards
-            span = f"{min(s.first_request for s in shards)} to {max(s.last_request for s in shards)}"
-            raise TraceError(f"{trace.folder} holds no request {number}; its requests lie in {span}")
+        rows = trace.request(number, check=False)
         found.append((rows.take(slice(left)), len(rows)))
         left -= len(found[-1][0])
     return found

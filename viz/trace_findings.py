@@ -12,6 +12,7 @@ from moescope.stats.repetition import Repetition
 from moescope.stats.token_groups import TokenGroups
 from moescope.viz.trace_analysis import TraceAnalysis
 from moescope.viz.trace_figures import most_particular, position_names, token_name, window_names
+from moescope.viz.wording import counted
 
 CLEAR = 2.0
 """Times its floor from which a distance is called clear: tokens of a request are not independent."""
@@ -188,13 +189,13 @@ def _later(found: TokenGroups) -> str:
     """The position after the first whose routing is furthest from all others, in units of chance."""
     if len(found.tokens) < 3:
         return ""
-    return _furthest(found, position_names(found), slice(1, None), "After the first token, positions", "others")
+    return _furthest(found, position_names(found), slice(1, None), "After the first token, position", "others")
 
 
 def _time(analysis: TraceAnalysis) -> str:
     found = analysis.time
     if len(found.tokens) < 3:
-        return f"The longest request has {int(found.tokens.sum()):,} tokens: too few to look at its course."
+        return f"The longest request has {counted(int(found.tokens.sum()), 'token')}: too few to look at its course."
     course = _mean(found.from_before.ravel()), _mean(found.before_floor.ravel())
     return (
         f"In the longest request ({analysis.longest}; {int(found.tokens.sum()):,} tokens), windows of "
@@ -210,8 +211,10 @@ def _furthest(found: TokenGroups, names: Sequence[str], within: slice, what: str
         return ""
     place = int(np.nanargmax(ratio))
     clear = "" if ratio[place] >= CLEAR else ": no more than the order of tokens brings"
+    name = list(names)[within][place]
+    many = name.endswith("+") or "-" in name
     return (
-        f"{what} {list(names)[within][place]} stand{'s' * what.startswith('The')} furthest from {others}: "
+        f"{what}{'s' * many} {name} stand{'s' * (not many)} furthest from {others}: "
         f"{distance[place]:.2g} bits, {_times(float(distance[place]), float(floor[place]))} chance{clear}."
     )
 
@@ -246,4 +249,7 @@ def _points(share: float) -> str:
 
 def _times(value: float, floor: float) -> str:
     """How many times its floor."""
-    return f"{value / floor:.1f} ×" if floor > 0 else "∞ ×" if value > 0 else "1.0 ×"
+    if floor <= 0:
+        return "∞ ×" if value > 0 else "1.0 ×"
+    ratio = value / floor
+    return f"{ratio:.1f} ×" if ratio < 100 else f"{ratio:,.0f} ×"

@@ -8,7 +8,7 @@ from moescope.viz.page import Page, Section
 from moescope.viz.trace_analysis import TraceAnalysis
 from moescope.viz.trace_figures import most_particular, token_name
 from moescope.viz.trace_findings import trace_findings, trace_notes
-from moescope.viz.wording import by_layer, index_ranges, minute, short_name
+from moescope.viz.wording import by_layer, counted, index_ranges, minute, short_name
 
 MOST_IDS = 40
 """Token ids in the table; `trace.json` has all."""
@@ -21,8 +21,8 @@ def trace_subject(analysis: TraceAnalysis) -> str:
     experts = by_layer(analysis.experts, analysis.layers)
     top_k = by_layer(analysis.top_k, analysis.layers)
     return (
-        f"{short_name(analysis.model_id)} · {len(analysis.layers)} MoE layers · {experts} experts, top-{top_k} · "
-        f"{analysis.tokens:,} tokens of {analysis.requests:,} requests"
+        f"{short_name(analysis.model_id)} · {counted(len(analysis.layers), 'MoE layer')} · {experts} experts, "
+        f"top-{top_k} · {counted(analysis.tokens, 'token')} of {counted(analysis.requests, 'request')}"
     )
 
 
@@ -57,7 +57,7 @@ def _facts(analysis: TraceAnalysis) -> list[tuple[str, str]]:
             "Experts",
             f"{by_layer(analysis.experts, analysis.layers)}, top-{by_layer(analysis.top_k, analysis.layers)}",
         ),
-        ("Tokens", f"{analysis.tokens:,} of {analysis.requests:,} requests"),
+        ("Tokens", f"{analysis.tokens:,} of {counted(analysis.requests, 'request')}"),
         ("Engine", analysis.engine),
         ("Recorded", minute(analysis.created)),
         ("Read in", f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"),

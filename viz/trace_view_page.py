@@ -20,7 +20,7 @@ from moescope.viz.pages import CONFIG, write_text
 from moescope.viz.surface import CAMERA, MOST_EXPERTS
 from moescope.viz.token_text import visible
 from moescope.viz.trace_view import TraceView, ViewedRequest
-from moescope.viz.wording import by_layer, index_ranges, short_name
+from moescope.viz.wording import by_layer, counted, index_ranges, short_name
 
 EXPERT_COLOURS: Final = (
     "#77aadd",
@@ -85,9 +85,9 @@ def _html(text: str) -> str:
 
 
 def _subject(view: TraceView) -> str:
-    requests = f"{len(view.requests):,} request{'s' * (len(view.requests) > 1)}"
     return (
-        f"{requests}, {len(view.token):,} tokens · {len(view.layers)} MoE layers ({index_ranges(view.layers)}) · "
+        f"{counted(len(view.requests), 'request')}, {counted(len(view.token), 'token')} · "
+        f"{counted(len(view.layers), 'MoE layer')} ({index_ranges(view.layers)}) · "
         f"{by_layer(view.experts, view.layers)} experts, top-{by_layer(view.top_k, view.layers)}"
     )
 

@@ -61,6 +61,11 @@ def signed(value: float) -> str:
     return f"{round(value, 3) + 0.0:+.3f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 request`, `2,000 requests`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def in_bytes(count: int) -> str:
     """A number of bytes in the largest unit that it fills: `6.0 GB`; powers of 1000."""
     units = ("bytes", "kB", "MB", "GB", "TB")

@@ -202,6 +202,8 @@ def test_the_mouse_shows_and_chooses_a_token(made: tuple[TraceView, Path], opene
 def test_two_tokens_share_experts(made: tuple[TraceView, Path], opened: Opened) -> None:
     view, page = made[0], opened.page
     page.click("#mark")
+    settle(opened)
+    assert "This is the token that was kept" in page.inner_text("#path-says")
     page.focus("#text")
     page.keyboard.press("ArrowRight")
     settle(opened)

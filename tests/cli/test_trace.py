@@ -104,11 +104,12 @@ def test_head(cli: Cli, trace: Path) -> None:
     assert "3: " in done.out
     assert "4: " not in done.out
     assert "the MoE layers are 1, 3, 4" in cli("trace", "head", "t", "--layer", 2).error
+    assert "t holds no request 77; its requests lie in 0 to 9" in cli("trace", "head", "t", "--request", 77).error
 
 
 def test_verify(cli: Cli, trace: Path) -> None:
     done = cli("trace", "verify", "t")
-    assert (done.code, done.out) == (0, "60 tokens in 1 shards verify\n")
+    assert (done.code, done.out) == (0, "Verified 60 tokens in 1 shard\n")
     (trace / "shard-000001.safetensors.tmp").write_text("")
     assert "shard-000001.safetensors.tmp is not in the index" in cli("trace", "verify", "t").out
     data = bytearray((trace / "shard-000000.safetensors").read_bytes())
@@ -116,8 +117,11 @@ def test_verify(cli: Cli, trace: Path) -> None:
     (trace / "shard-000000.safetensors").write_bytes(data)
     done = cli("trace", "verify", "t")
     assert done.code == 2
-    assert "shard-000000.safetensors is damaged: its checksum is not that of the index; 1 of 1 shards" in done.error
-    assert "60 tokens are lost, 0 verify" in done.error
+    assert (
+        "shard-000000.safetensors is damaged: its checksum is not that of the index; damaged: 1 of 1 shard; "
+        in done.error
+    )
+    assert "60 tokens lost, 0 verified" in done.error
 
 
 def test_export_to_csv(cli: Cli, trace: Path) -> None:
@@ -182,7 +186,7 @@ def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
     assert not Path("out/trace_view.html").exists(), "text is not to be kept"
     done = cli("trace", "view", "out/trace")
     file = Path("out/trace_view.html").absolute()
-    assert (done.code, done.out) == (0, f"Wrote {file}: 10 tokens of 1 request(s)\n"), done.err
+    assert (done.code, done.out) == (0, f"Wrote {file}: 10 tokens of 1 request\n"), done.err
     assert json.loads(re.search(r'"texts":(\[.*?\])', file.read_text(encoding="utf-8"))[1])[:7] == [*"a <b>", "", "é"]
     again = cli("trace", "view", "out/trace")
     assert f"{file} exists; choose another name, or --force" in again.error
@@ -191,9 +195,11 @@ def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
 
 def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
     done = cli("trace", "view", "t", "--request", 3, "--request", 7, "-o", "new/a.html")
-    assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 request(s)\n"), done.err
+    assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 requests\n"), done.err
     assert "Tokens are shown by their ids: tiny has no tokenizer that can be read" in done.err
     page = Path("new/a.html").read_text(encoding="utf-8")
+    refused = cli("trace", "view", "t", "-o", "t/trace.json/a.html")
+    assert (refused.code, refused.error) == (2, "moescope: cannot write t/trace.json/a.html: File exists")
     assert '"texts":null' in page
     assert "Tokens are shown by their ids: tiny has no tokenizer" in page
 
@@ -211,7 +217,10 @@ def test_analyze(cli: Cli, trace: Path) -> None:
     done = cli("trace", "analyze", "t", "-o", "new/a", "--force", "--requests", "3-5,8", "--disable-structured-output")
     assert "24 tokens of 4 requests" in done.out
     assert "Requests were chosen by number" in done.out
+    assert "Not in the trace" not in done.out
     assert not Path("new/a/trace.json").exists()
+    done = cli("trace", "analyze", "t", "-o", "new/a", "--force", "--requests", "3,70-72")
+    assert "6 tokens of 1 request, 3 MoE layers\nNot in the trace: 3 of the 4 requests asked for\n" in done.out
 
 
 @pytest.mark.parametrize(

@@ -322,15 +322,18 @@ def test_a_shard_of_another_trace_is_refused(tmp_path: Path, small_shards: None)
         ("phase", 2, "out of range"),
         ("domain", 2, "out of range"),
         ("split", 16, "out of range"),
+        ("weights", np.nan, "a weight is not finite"),
+        ("weights", np.inf, "a weight is not finite"),
         ("position", 0, "twice or out of order"),
         ("position", 9, "tokens of a request are missing"),
     ],
 )
-def test_content_that_cannot_be_is_found(tmp_path: Path, name: str, value: int, message: str) -> None:
-    of = about()
+def test_content_that_cannot_be_is_found(tmp_path: Path, name: str, value: float, message: str) -> None:
+    weights = name == "weights"
+    of = about(weights=weights)
     rows = random_rows(of, [0, 1, 0, 1], [0, 0, 1, 1])
     getattr(rows, name)[3:] = value
-    with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t")) as writer:
+    with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t", weights=weights)) as writer:
         writer.admit([0, 1], [2, 2])
         writer.append(rows)
         writer.commit(0)
@@ -338,7 +341,7 @@ def test_content_that_cannot_be_is_found(tmp_path: Path, name: str, value: int, 
     trace = Trace(tmp_path / "t")
     assert message in trace.verify().damaged[0][1]
     if name != "position" and "twice" not in message:
-        with pytest.raises(MoescopeError, match="out of range"):
+        with pytest.raises(MoescopeError, match="not finite" if weights else "out of range"):
             trace.profile()
 
 

@@ -118,6 +118,17 @@ def test_findings_have_their_numbers_with_chance_beside_them(found: TraceAnalysi
     assert trace_notes(found) == []
 
 
+def test_one_position_stands_and_several_stand(tmp_path: Path) -> None:
+    def moved(first: int, last: int) -> str:
+        def edit(rows: TraceRows, _: np.random.Generator) -> None:
+            rows.experts[(rows.position >= first) & (rows.position <= last)] = [6, 7]
+
+        return " ".join(trace_findings(traced(tmp_path / f"{first}", lengths=(8,) * 60, edit=edit)))
+
+    assert "After the first token, position 1 stands furthest from others" in moved(1, 1)
+    assert "After the first token, positions 2-3 stand furthest from others" in moved(2, 3)
+
+
 def test_what_rests_on_a_part_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moescope.profiler.trace_sums.ANCHORS", 100)
     analysis = traced(tmp_path / "t", pair_tokens=120, requests=[0, 1])

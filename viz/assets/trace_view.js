@@ -288,12 +288,13 @@
       for (let j = 0; j < topK[layer]; j++) taken += mean[layer * E + column.ids[cell(layer, state.at) + j]] / topK[layer] / L;
       even += topK[layer] / experts[layer] / L;
     }
-    return `The experts of the ${quoted(state.at)} get ${percent(taken)} of the request's selections in a layer on average; `
+    return `The experts of ${quoted(state.at)} get ${percent(taken)} of the request's selections in a layer on average; `
       + `were all used alike, it would be ${percent(even)}.`;
   }
 
   /** How many experts two tokens share: a sentence. */
   function likeToken(other) {
+    if (other === state.at) return "This is the token that was kept: choose another to compare it with.";
     let [shared, chance, k, most, where] = [0, 0, 0, -1, 0];
     for (let layer = 0; layer < L; layer++) {
       let both = 0;
@@ -303,8 +304,8 @@
       chance += topK[layer] ** 2 / experts[layer] / L;
       k += topK[layer] / L;
     }
-    return `The ${quoted(state.at)} and the ${quoted(other)} share ${shared.toFixed(2)} of ${k.toFixed(0)} experts in a layer on `
-      + `average (independent and even choices: ${chance.toFixed(2)}); most in layer ${layers[where]}: ${most}.`;
+    return `In a layer on average, ${quoted(state.at)} and ${quoted(other)} share ${shared.toFixed(2)} of ${k.toFixed(0)} experts `
+      + `(independent and even choices: ${chance.toFixed(2)}); most in layer ${layers[where]}: ${most}.`;
   }
 
   /** Layer and expert under the mouse, or null. */
