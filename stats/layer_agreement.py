@@ -3,17 +3,22 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import gammaln
 
 from moescope.stats.layout import check_ascending
 from moescope.stats.token_sets import LN2, entropy_bits
 
 SINGULAR = 1e-9
 """A direction of an expert set's covariance below this fraction of the largest has no spread."""
+
+LARGE = 64.0
+"""Mean of a Poisson number beyond which a series is enough."""
 
 PAIR_FIELDS = ("explained", "explained_chance", "information", "bias", "ceiling", "overlap", "overlap_chance")
 
@@ -73,9 +78,10 @@ def layer_agreement(
     W. Love, Psych. Bulletin 70, 1968). If tokens are paired at random its mean is exactly r / (T - 1), r the rank of
     Sxx; it is corrected as R² is, 1 - (1 - R²) (T - 1) / (T - 1 - r) (M. Ezekiel, 1930).
 
-    Information: Σ p log₂ p/(q q') of the two drawn experts. Paired at random, Pearson's χ² of sets has the mean
-    T / (T - 1) (U - k) (U' - k'), as Var of a count is T² / (T - 1) π (1 - π) π' (1 - π'); so the bias is
-    (U - k) (U' - k') / (2 k k' (T - 1) ln 2) bits, which for k = 1 is that of Miller and Madow (1955). A drawn expert
+    Information: Σ p log₂ p/(q q') of the two drawn experts. Paired at random, λ = T π π' tokens have both of two
+    experts on average, with (1 - π) (1 - π') T / (T - 1) times the variance of a Poisson number; so the bias is the sum over
+    pairs of experts of (1 - π) (1 - π') φ(λ) / (k k' (T - 1)) with φ(λ) = E[J log₂(J/λ)] of a Poisson J. Where λ is
+    large φ is 1 / (2 ln 2), and for k = 1 that is the bias of Miller and Madow (1955). A drawn expert
     has at most H - log₂ k bits in common with the set that it came from, hence the ceiling, the smaller of the two
     (data processing; Cover and Thomas, "Elements of Information Theory", 2.8).
 
@@ -119,7 +125,6 @@ class _Layer:
         share: (E,) share of tokens that chose each.
         whitening: (E, r) W with W Wᵀ the pseudo-inverse of the covariance of the indicators.
         spread: variance of all indicators together.
-        free: experts that are used, less k.
         entropy: of a drawn expert, less log₂ k.
     """
 
@@ -128,7 +133,6 @@ class _Layer:
     share: NDArray[np.float64]
     whitening: NDArray[np.float64]
     spread: float
-    free: int
     entropy: float
 
 
@@ -142,7 +146,6 @@ def _layer(chosen: Ids, k: int, width: int) -> _Layer:
         share=share,
         whitening=_whitening(_together(ids, ids, width, width) / tokens - np.outer(share, share)),
         spread=float((share * (1 - share)).sum()),
-        free=int((share > 0).sum()) - k,
         entropy=max(float(entropy_bits(share / k)) - float(np.log2(k)), 0.0),
     )
 
@@ -153,7 +156,8 @@ def _pair(one: _Layer, two: _Layer) -> dict[str, tuple[float, float]]:
     both = _together(one.ids, two.ids, one.width, two.width) / tokens
     beyond = both - np.outer(one.share, two.share)
     there, back = _explained(one, two, beyond, tokens), _explained(two, one, beyond.T, tokens)
-    bias = one.free * two.free / (2 * k * other_k * (tokens - 1) * LN2)
+    missing = np.outer(1 - one.share, 1 - two.share) * _poisson_information(tokens * np.outer(one.share, two.share))
+    bias = float(missing.sum()) / (k * other_k * (tokens - 1))
     information = _information(both / (k * other_k), one.share / k, two.share / other_k) - bias
     same = (np.nan, np.nan)
     if one.width == two.width:
@@ -199,3 +203,22 @@ def _information(both: NDArray[np.float64], one: NDArray[np.float64], two: NDArr
     """Σ p log₂ p / (q q') of a joint distribution and its margins."""
     where = both > 0
     return float((both[where] * np.log2(both[where] / np.outer(one, two)[where])).sum())
+
+
+@cache
+def _poisson_table() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Logarithms of means λ, and E[J log₂(J/λ)] of Poisson numbers with that mean."""
+    means = np.geomspace(1e-9, LARGE, 600)
+    counts = np.arange(1, int(LARGE + 12 * np.sqrt(LARGE)))
+    chance = np.exp(counts * np.log(means)[:, None] - means[:, None] - gammaln(counts + 1))
+    return np.log(means), (chance * counts * np.log2(counts / means[:, None])).sum(axis=1)
+
+
+def _poisson_information(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """E[J log₂(J/λ)] of Poisson numbers J with means λ, any shape; 0 for 0."""
+    known, values = _poisson_table()
+    bits = np.interp(np.log(np.where(means > 0, means, 1.0)), known, values)
+    # beyond the table by its series, 1/2 + 1/12λ nats
+    beyond = (0.5 + 1 / (12 * np.maximum(means, LARGE))) / LN2
+    found: NDArray[np.float64] = np.where(means > LARGE, beyond, np.where(means > 0, bits, 0.0))
+    return found
