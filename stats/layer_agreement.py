@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
+from scipy.special import betaincinv, gammaln
 
 from moescope.stats.layout import check_ascending
-from moescope.stats.token_sets import LN2, entropy_bits
+from moescope.stats.token_sets import LEVEL, LN2, entropy_bits
 
 SINGULAR = 1e-9
 """A direction of an expert set's covariance below this fraction of the largest has no spread."""
@@ -20,7 +20,16 @@ SINGULAR = 1e-9
 LARGE = 64.0
 """Mean of a Poisson number beyond which a series is enough."""
 
-PAIR_FIELDS = ("explained", "explained_chance", "information", "bias", "ceiling", "overlap", "overlap_chance")
+PAIR_FIELDS = (
+    "explained",
+    "explained_chance",
+    "explained_noise",
+    "information",
+    "bias",
+    "ceiling",
+    "overlap",
+    "overlap_chance",
+)
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
@@ -38,6 +47,7 @@ class LayerAgreement:
             explains, less what chance explains: 0 by chance, 1 where layer i determines layer j, whatever the experts
             are called.
         explained_chance: (L, L) what chance explains, already taken off.
+        explained_noise: (L, L) what no pair of layers reaches by chance, 19 times out of 20, if tokens are independent.
         information: (L, L) mutual information in bits of an expert drawn from the token in layer i and one drawn in
             layer j, less its bias; symmetric.
         bias: (L, L) the bias, already taken off.
@@ -51,6 +61,7 @@ class LayerAgreement:
     tokens: int
     explained: NDArray[np.float64]
     explained_chance: NDArray[np.float64]
+    explained_noise: NDArray[np.float64]
     information: NDArray[np.float64]
     bias: NDArray[np.float64]
     ceiling: NDArray[np.float64]
@@ -79,11 +90,11 @@ def layer_agreement(
     Sxx; it is corrected as R² is, 1 - (1 - R²) (T - 1) / (T - 1 - r) (M. Ezekiel, 1930).
 
     Information: Σ p log₂ p/(q q') of the two drawn experts. Paired at random, λ = T π π' tokens have both of two
-    experts on average, with (1 - π) (1 - π') T / (T - 1) times the variance of a Poisson number; so the bias is the sum over
-    pairs of experts of (1 - π) (1 - π') φ(λ) / (k k' (T - 1)) with φ(λ) = E[J log₂(J/λ)] of a Poisson J. Where λ is
-    large φ is 1 / (2 ln 2), and for k = 1 that is the bias of Miller and Madow (1955). A drawn expert
-    has at most H - log₂ k bits in common with the set that it came from, hence the ceiling, the smaller of the two
-    (data processing; Cover and Thomas, "Elements of Information Theory", 2.8).
+    experts on average, with (1 - π) (1 - π') T / (T - 1) times the variance of a Poisson number; so the bias is the sum
+    over pairs of experts of (1 - π) (1 - π') φ(λ) / (k k' (T - 1)) with φ(λ) = E[J log₂(J/λ)] of a Poisson J. Where λ
+    is large φ is 1 / (2 ln 2), and for k = 1 that is the bias of Miller and Madow (1955). A drawn expert has at most
+    H - log₂ k bits in common with the set that it came from, hence the ceiling, the smaller of the two (data
+    processing; Cover and Thomas, "Elements of Information Theory", 2.8).
 
     Tokens are taken as exchangeable: what they have in common because their ids, requests or domains are the same is
     agreement, too.
@@ -109,7 +120,9 @@ def layer_agreement(
     own = [_layer(chosen[:, slot], k, width) for slot, (k, width) in enumerate(zip(top_k, experts, strict=True))]
     pairs = list(combinations(range(depth), 2)) if tokens > 1 else []
     with ThreadPoolExecutor(n_jobs) as pool:
-        for (i, j), values in zip(pairs, pool.map(lambda pair: _pair(own[pair[0]], own[pair[1]]), pairs), strict=True):
+        for (i, j), values in zip(
+            pairs, pool.map(lambda pair: _pair(own[pair[0]], own[pair[1]], 2 * len(pairs)), pairs), strict=True
+        ):
             for name, (there, back) in values.items():
                 found[name][i, j], found[name][j, i] = there, back
     return LayerAgreement(layers=tuple(int(layer) for layer in layers), tokens=tokens, **found)
@@ -150,12 +163,12 @@ def _layer(chosen: Ids, k: int, width: int) -> _Layer:
     )
 
 
-def _pair(one: _Layer, two: _Layer) -> dict[str, tuple[float, float]]:
+def _pair(one: _Layer, two: _Layer, looks: int) -> dict[str, tuple[float, float]]:
     """What the one tells of the two, and the two of the one, by the fields of `LayerAgreement`."""
     (k, tokens), other_k = one.ids.shape, len(two.ids)
     both = _together(one.ids, two.ids, one.width, two.width) / tokens
     beyond = both - np.outer(one.share, two.share)
-    there, back = _explained(one, two, beyond, tokens), _explained(two, one, beyond.T, tokens)
+    there, back = _explained(one, two, beyond, tokens, looks), _explained(two, one, beyond.T, tokens, looks)
     missing = np.outer(1 - one.share, 1 - two.share) * _poisson_information(tokens * np.outer(one.share, two.share))
     bias = float(missing.sum()) / (k * other_k * (tokens - 1))
     information = _information(both / (k * other_k), one.share / k, two.share / other_k) - bias
@@ -165,6 +178,7 @@ def _pair(one: _Layer, two: _Layer) -> dict[str, tuple[float, float]]:
     return {
         "explained": (there[0], back[0]),
         "explained_chance": (there[1], back[1]),
+        "explained_noise": (there[2], back[2]),
         "information": (information,) * 2,
         "bias": (bias,) * 2,
         "ceiling": (min(one.entropy, two.entropy),) * 2,
@@ -173,14 +187,18 @@ def _pair(one: _Layer, two: _Layer) -> dict[str, tuple[float, float]]:
     }
 
 
-def _explained(one: _Layer, two: _Layer, beyond: NDArray[np.float64], tokens: int) -> tuple[float, float]:
-    """Variance of the two that the one explains, less chance, and chance."""
+def _explained(
+    one: _Layer, two: _Layer, beyond: NDArray[np.float64], tokens: int, looks: int
+) -> tuple[float, float, float]:
+    """Variance of the two that the one explains, less chance; chance; and what the largest of all looks may be."""
     rank = one.whitening.shape[1]
     if not rank or two.spread <= SINGULAR or tokens - 1 <= rank:
-        return np.nan, np.nan
+        return np.nan, np.nan, np.nan
     chance = rank / (tokens - 1)
     raw = float(np.square(one.whitening.T @ beyond).sum()) / two.spread
-    return 1 - (1 - raw) / (1 - chance), chance
+    # R² of one response, which is as if all experts of the layer went together: the widest that it can be
+    most = float(betaincinv(rank / 2, (tokens - 1 - rank) / 2, 1 - LEVEL / looks))
+    return 1 - (1 - raw) / (1 - chance), chance, 1 - (1 - most) / (1 - chance)
 
 
 def _together(one: Ids, two: Ids, width: int, other: int) -> NDArray[np.int64]:

@@ -34,10 +34,10 @@ def repeated(chosen: np.ndarray, experts: int, held: int = 3) -> Repetition:
     return repetition(
         tally(chosen, experts),
         tokens,
-        kept=np.array([sum(len(a[s] & b[s]) for a, b in pairs) for s in range(depth)]),
-        pairs=len(pairs),
-        random_kept=np.array([sum(len(sets[i][s] & sets[j][s]) for i, j in any_two) for s in range(depth)]),
-        random_pairs=len(any_two),
+        split_kept=np.array([[sum(len(a[s] & b[s]) for a, b in pairs) for s in range(depth)]]),
+        split_pairs=np.array([len(pairs)]),
+        split_random_kept=np.array([[sum(len(sets[i][s] & sets[j][s]) for i, j in any_two) for s in range(depth)]]),
+        split_random_pairs=np.array([len(any_two)]),
         lags=(1,),
         lag_kept=np.array([[sum(len(a[s] & b[s]) for a, b in pairs) for s in range(depth)]]),
         lag_pairs=np.array([len(pairs)]),
@@ -90,6 +90,44 @@ def test_sticky_routing_is_above_chance_and_random_routing_is_at_it() -> None:
     assert abs(found.run[0] - found.run_chance[0]) < 0.05
     assert found.run[1] > 2 * found.run_chance[1]
     assert abs(found.within[1] - chance[1]) < 0.03  # in random order nothing sticks
+
+
+def of_splits(kept: np.ndarray, others: np.ndarray, pairs: np.ndarray, counts: np.ndarray) -> Repetition:
+    none = np.zeros((1, 1), int)
+    return repetition(
+        counts[None],
+        int(pairs.sum()) + len(pairs),
+        split_kept=kept[:, None],
+        split_pairs=pairs,
+        split_random_kept=others[:, None],
+        split_random_pairs=pairs,
+        lags=(1,),
+        lag_kept=none,
+        lag_pairs=none[0],
+        held=none,
+        held_windows=none[0],
+        top_k=[1],
+        layers=[0],
+    )
+
+
+def test_intervals_hold_what_other_requests_would_give() -> None:
+    """Requests have shares of their own, far apart: tokens alone would make the interval too short."""
+    rng = np.random.default_rng(24)
+    pairs, holds, short = np.full(16, 5000), 0, 0
+    for _ in range(200):
+        own = rng.beta(2, 2, 16)
+        found = of_splits(rng.binomial(pairs, own), rng.binomial(pairs, own), pairs, np.array([40008, 40008]))
+        holds += bool(found.kept_interval[0] < 0.5 < found.kept_interval[1])
+        short += bool(found.order_interval[0] < 0 < found.order_interval[1])
+        np.testing.assert_allclose(
+            found.request_interval, found.kept_interval - found.order_interval.mean() - 0.5, atol=0.01
+        )
+    assert 0.9 < holds / 200 < 0.99
+    assert 0.9 < short / 200 < 0.99
+    few = of_splits(pairs[:2] // 2, pairs[:2] // 2, pairs[:2], np.array([5001, 5001]))
+    assert np.isnan([few.kept_interval, few.order_interval, few.request_interval]).all()
+    assert few.kept[0] == 0.5
 
 
 def test_one_token_has_nothing_to_repeat() -> None:
