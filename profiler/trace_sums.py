@@ -74,6 +74,7 @@ class TraceSums:
         windows: int64 (W, L, E), their selections.
         sample: unsigned (N, L, K), expert ids of tokens spread evenly over the trace, one drawn from each of N
             stretches of equal length; all tokens where there are no more.
+        sample_split: uint8 (N,), split of the request of each.
         seconds: How long the reading took.
     """
 
@@ -104,6 +105,7 @@ class TraceSums:
     window_tokens: Integers
     windows: Integers
     sample: NDArray[np.unsignedinteger[Any]]
+    sample_split: NDArray[np.uint8]
     seconds: float
 
     @property
@@ -328,6 +330,7 @@ class _Reading:
         depth, steps = len(self.layers), len(STEPS)
         whole = self._zeros()
         sample = np.empty((len(self.drawn), depth, self.most), self.trace.about.columns["experts"][0])
+        sample_split = np.empty(len(self.drawn), np.uint8)
         history = self._none()
         done = longest = 0
         spare = [whole]  # tables that no thread uses
@@ -335,6 +338,7 @@ class _Reading:
             for rows in self._rows():
                 first, last = np.searchsorted(self.drawn, (done, done + len(rows)))
                 sample[first:last] = rows.experts[self.drawn[first:last] - done]
+                sample_split[first:last] = rows.split[self.drawn[first:last] - done]
                 in_hand = self._sorted(rows, history, longest)
                 anchors = self.rng.random(len(in_hand.order)) < self.anchor_share
                 others = self.rng.random(len(in_hand.order))
@@ -377,6 +381,7 @@ class _Reading:
             window_tokens=whole.window_tokens,
             windows=whole.windows,
             sample=sample,
+            sample_split=sample_split,
             seconds=time.monotonic() - start,
         )
 

@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, gammaln
+from scipy.special import betaincinv, gammaln, stdtrit
 
 from moescope.stats.layout import check_ascending
+from moescope.stats.pairwise import by_distance, finite_mean
+from moescope.stats.reliability import jackknife
 from moescope.stats.token_sets import LEVEL, LN2, entropy_bits
 
 SINGULAR = 1e-9
 """A direction of an expert set's covariance below this fraction of the largest has no spread."""
+
+TOKENS_AT_A_TIME = 256
+"""Tokens whose experts are written out as a matrix."""
 
 LARGE = 64.0
 """Mean of a Poisson number beyond which a series is enough."""
@@ -55,6 +60,8 @@ class LayerAgreement:
         overlap: (L, L) share of a token's experts, of the smaller k, whose index it has in both layers; NaN for layers
             of different width.
         overlap_chance: (L, L) the same for two different tokens, one in each layer.
+        overlap_without: (S, L, L) the one less the other without the requests of one split, for each split that has
+            tokens: what intervals rest on, as tokens of a request hang together.
     """
 
     layers: tuple[int, ...]
@@ -67,6 +74,7 @@ class LayerAgreement:
     ceiling: NDArray[np.float64]
     overlap: NDArray[np.float64]
     overlap_chance: NDArray[np.float64]
+    overlap_without: NDArray[np.float64]
 
     @property
     def informed(self) -> NDArray[np.float64]:
@@ -80,7 +88,12 @@ class LayerAgreement:
 
 
 def layer_agreement(
-    chosen: Ids, top_k: Sequence[int], experts: Sequence[int], layers: Sequence[int], n_jobs: int = 1
+    chosen: Ids,
+    top_k: Sequence[int],
+    experts: Sequence[int],
+    layers: Sequence[int],
+    n_jobs: int = 1,
+    splits: NDArray[np.uint8] | None = None,
 ) -> LayerAgreement:
     """Agreement of all pairs of layers, from the tokens that chose both of two experts.
 
@@ -105,6 +118,7 @@ def layer_agreement(
         experts: (L,) routed experts.
         layers: (L,) true model indices, ascending.
         n_jobs: threads.
+        splits: (T,) split of the request of each token; without it, all are of one.
 
     Returns:
         NaN where a layer has nothing that varies, or there are too few tokens.
@@ -125,7 +139,37 @@ def layer_agreement(
         ):
             for name, (there, back) in values.items():
                 found[name][i, j], found[name][j, i] = there, back
-    return LayerAgreement(layers=tuple(int(layer) for layer in layers), tokens=tokens, **found)
+    return LayerAgreement(
+        layers=tuple(int(layer) for layer in layers),
+        tokens=tokens,
+        overlap_without=_overlap_without(
+            chosen, top_k, experts, np.zeros(tokens, np.uint8) if splits is None else splits
+        ),
+        **found,
+    )
+
+
+def excess_by_distance(found: LayerAgreement, deltas: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Overlap beyond chance, mean over pairs of layers Δ apart, and how far a 95% interval reaches to either side.
+
+    By jackknife over splits of the requests, with the 5% shared among the distances (Bonferroni).
+
+    Args:
+        found: the agreement of layers.
+        deltas: (D,) distances in model layers.
+
+    Returns:
+        (D,) and (D,) float64; NaN where no layers are so far apart, the second below three splits too.
+    """
+    splits = len(found.overlap_without)
+
+    def mean(without: int | None) -> NDArray[np.float64]:
+        beyond = found.overlap - found.overlap_chance if without is None else found.overlap_without[without]
+        return finite_mean(by_distance(beyond, found.layers, deltas), 0)
+
+    beyond, error = jackknife(mean, splits)
+    looks = max(int(np.isfinite(beyond).sum()), 1)
+    return beyond, stdtrit(max(splits - 1, 1), 1 - LEVEL / (2 * looks)) * error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,6 +229,31 @@ def _pair(one: _Layer, two: _Layer, looks: int) -> dict[str, tuple[float, float]
         "overlap": (same[0],) * 2,
         "overlap_chance": (same[1],) * 2,
     }
+
+
+def _overlap_without(
+    chosen: Ids, top_k: Sequence[int], experts: Sequence[int], splits: NDArray[np.uint8]
+) -> NDArray[np.float64]:
+    """(S, L, L) overlap beyond chance without each split; NaN for a layer with itself, or of another width."""
+    depth, width = len(top_k), max(experts)
+    number = np.bincount(splits)
+    used = np.flatnonzero(number)
+    same, counts = np.zeros((len(used), depth, depth)), np.zeros((len(used), depth, width))
+    for place, split in enumerate(used.tolist()):
+        own = chosen[splits == split]
+        for start in range(0, len(own), TOKENS_AT_A_TIME):
+            part = own[start : start + TOKENS_AT_A_TIME]
+            has = np.zeros((depth, len(part), width), np.float32)
+            for slot, k in enumerate(top_k):
+                np.put_along_axis(has[slot], part[:, slot, :k].astype(np.intp), 1.0, axis=1)
+            same[place] += has.reshape(depth, -1) @ has.reshape(depth, -1).T
+            counts[place] += has.sum(axis=1)
+    left = np.maximum(len(chosen) - number[used], 1)[:, None, None]
+    share = (counts.sum(axis=0) - counts) / left
+    least = np.minimum.outer(top_k, top_k)
+    comparable = np.equal.outer(experts, experts) & ~np.eye(depth, dtype=bool) & (left < len(chosen))
+    beyond = ((same.sum(axis=0) - same) / left - share @ share.swapaxes(1, 2)) / least
+    return np.where(comparable & (len(used) > 1), beyond, np.nan)
 
 
 def _explained(

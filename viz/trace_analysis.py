@@ -110,7 +110,7 @@ def analyze_trace(sums: "TraceSums", texts: Mapping[int, str] | None = None, n_j
             top_kept=sums.top_kept,
             top_counts=sums.top_counts,
         ),
-        agreement=layer_agreement(sums.sample, top_k, experts, layers, n_jobs),
+        agreement=layer_agreement(sums.sample, top_k, experts, layers, n_jobs, sums.sample_split),
         vocabulary=vocabulary_use(
             sums.vocabulary, sums.occurrences, sums.frequent, totals, sums.tokens, top_k, experts, layers
         ),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moescope.stats.layer_agreement import LayerAgreement
+from moescope.stats.layer_agreement import LayerAgreement, excess_by_distance
 from moescope.stats.pairwise import by_distance, finite_mean
 from moescope.stats.repetition import Repetition
 from moescope.stats.token_groups import TokenGroups
@@ -16,6 +16,8 @@ from moescope.viz.trace_figures import most_particular, position_names, token_na
 
 CLEAR = 2.0
 """Times its floor from which a distance is called clear at least: tokens of a request are not independent."""
+FEW_REQUESTS = 30
+"""Requests below which it is said that results need not hold for others."""
 SLIGHT = 0.01
 """Share of experts beyond chance that is not worth a sentence of its own."""
 SETTLED_FROM = 0.1
@@ -46,6 +48,12 @@ def trace_findings(analysis: TraceAnalysis) -> list[str]:
 def trace_notes(analysis: TraceAnalysis) -> list[str]:
     """Sentences on what the numbers rest on, where that is not every token."""
     notes = []
+    if analysis.requests < FEW_REQUESTS:
+        notes.append(
+            f"These are the tokens of {analysis.requests:,} request(s). Chance levels of layers, token ids, settling "
+            "and position take tokens as independent draws, which those of one request are not: with so few, what is "
+            "beyond chance holds for these requests, and need not for others."
+        )
     if analysis.chosen:
         notes.append("Requests were chosen by number: all numbers are those of these requests.")
     if analysis.agreement.tokens < analysis.tokens:
@@ -120,14 +128,18 @@ def _next_layer(found: LayerAgreement) -> str:
 def _same_index(found: LayerAgreement) -> str:
     """The distance at which tokens keep the index of their experts most."""
     deltas = list(range(1, found.layers[-1] - found.layers[0] + 1))
-    beyond = finite_mean(by_distance(found.overlap - found.overlap_chance, found.layers, deltas), 0)
+    beyond, reach = excess_by_distance(found, deltas)
     if not np.isfinite(beyond).any():
         return ""
-    best = int(np.nanargmax(beyond))
-    if beyond[best] < SLIGHT:
+    sure = np.where(beyond > reach, beyond, np.nan)
+    best = int(np.nanargmax(sure if np.isfinite(sure).any() else beyond))
+    excess, interval = float(beyond[best]), np.array([beyond[best] - reach[best], beyond[best] + reach[best]])
+    at = f"{_points(excess)}{_interval(interval, _points)}"
+    unsure = "" if math.isfinite(reach[best]) else " (too few requests to say how sure that is)"
+    if excess < SLIGHT or excess <= reach[best]:
         return (
-            "Token by token, layers share experts of the same index no more than by chance, at any distance (largest "
-            f"excess {_points(float(beyond[best]))}, at Δ = {deltas[best]})."
+            "Token by token, layers share experts of the same index no more than chance may, at any distance (largest "
+            f"excess {at}, at Δ = {deltas[best]}){unsure}."
         )
     overlap, chance = (
         float(finite_mean(by_distance(matrix, found.layers, deltas[best : best + 1]), 0)[0])
@@ -135,8 +147,8 @@ def _same_index(found: LayerAgreement) -> str:
     )
     return (
         f"Token by token, experts of the same index are shared most by layers Δ = {deltas[best]} apart: "
-        f"{_percent(overlap)}, by chance {_percent(chance)}; at the median distance {_points(_median(beyond))} beyond "
-        "chance."
+        f"{_percent(overlap)}, by chance {_percent(chance)}, so {at}{unsure}; at the median distance "
+        f"{_points(_median(beyond))} beyond chance."
     )
 
 

@@ -119,6 +119,7 @@ def test_every_sum_is_that_of_a_loop_over_tokens(written: tuple[Path, TraceRows]
     sums = sum_trace(Trace(folder), vocabulary=40, n_jobs=n_jobs)
     check(sums, rows)
     np.testing.assert_array_equal(sums.sample, rows.experts)
+    np.testing.assert_array_equal(sums.sample_split, rows.split)
     assert not sums.chosen
     np.testing.assert_array_equal(sums.counts.sum(axis=(0, 1)), Trace(folder).profile().selection_counts.sum((0, 1)))
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moescope.stats.layer_agreement import layer_agreement
+from moescope.stats.layer_agreement import excess_by_distance, layer_agreement
 from moescope.stats.repetition import Repetition, repetition
 from moescope.stats.settling import settling
 from moescope.stats.token_groups import token_groups
@@ -209,6 +209,28 @@ def test_a_layer_that_copies_another_is_found_whatever_its_experts_are_called() 
     np.testing.assert_allclose(found.information[0, 1], found.information[0, 2], atol=1e-9)
     assert np.nanmax(np.abs(found.explained[3])) < 0.01
     assert abs(found.overlap[0, 3] - found.overlap_chance[0, 3]) < 0.02
+
+
+def test_the_same_index_is_sure_over_requests_not_tokens() -> None:
+    """Each request has a favourite in each layer, drawn apart: many tokens agree or not at all, by luck."""
+    rng = np.random.default_rng(25)
+    splits = np.repeat(np.arange(12, dtype=np.uint8), 40)
+    holds = 0
+    for _ in range(60):
+        chosen = rng.integers(0, 4, (12, 2, 1)).astype(np.uint8)[splits]
+        found = layer_agreement(chosen, [1, 1], [4, 4], [0, 1], splits=splits)
+        beyond, reach = excess_by_distance(found, [1])
+        holds += bool(abs(beyond[0]) < reach[0])
+    assert holds >= 51
+    copied = chosen.repeat(2, axis=1)[:, :2]
+    beyond, reach = excess_by_distance(layer_agreement(copied, [1, 1], [4, 4], [0, 1], splits=splits), [1, 2])
+    assert beyond[0] > 2 * reach[0]
+    assert np.isnan(beyond[1])
+    without = layer_agreement(chosen, [1, 1], [4, 4], [0, 1], splits=splits).overlap_without[3]
+    rest = layer_agreement(chosen[splits != 3], [1, 1], [4, 4], [0, 1])
+    np.testing.assert_allclose(without[0, 1], (rest.overlap - rest.overlap_chance)[0, 1])
+    one = excess_by_distance(layer_agreement(chosen, [1, 1], [4, 4], [0, 1]), [1])
+    assert np.isnan(one[1]).all()
 
 
 def test_information_reaches_its_ceiling_where_sets_do_not_overlap() -> None:
