@@ -171,6 +171,17 @@ def test_requests_weigh_as_much_among_random_tokens_as_among_neighbours(tmp_path
     assert abs(sums.kept[0] - sums.split_random_kept.sum()) < 0.02 * sums.pairs
 
 
+def test_a_random_token_is_not_the_token_itself(tmp_path: Path) -> None:
+    of = about((LayerInfo(0, 2, 1),))
+    rows = random_rows(of, [0, 0, 1, 1], [0, 1, 0, 1])
+    rows.experts[:, 0, 0] = [0, 1, 1, 0]
+    with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t")) as writer:
+        writer.append(rows)
+        writer.commit(0)
+        writer.finish()
+    assert sum_trace(Trace(tmp_path / "t")).split_random_kept.sum() == 0
+
+
 def test_a_weight_that_rounding_made_negative_is_not_the_largest(tmp_path: Path) -> None:
     of = about((LayerInfo(0, 8, 3),), weights=True)
     rows = random_rows(of, [0], [0])
