@@ -172,9 +172,9 @@ def test_requests_weigh_as_much_among_random_tokens_as_among_neighbours(tmp_path
 
 
 def test_a_random_token_is_not_the_token_itself(tmp_path: Path) -> None:
-    of = about((LayerInfo(0, 2, 1),))
-    rows = random_rows(of, [0, 0, 1, 1], [0, 1, 0, 1])
-    rows.experts[:, 0, 0] = [0, 1, 1, 0]
+    of = about((LayerInfo(0, 3, 1),))
+    rows = random_rows(of, [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3, [0, 1, 2] * 4)
+    rows.experts[:, 0, 0] = rows.position
     with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t")) as writer:
         writer.append(rows)
         writer.commit(0)
