@@ -18,6 +18,7 @@ import numpy as np
 from moescope.benchmarks.memory import Sampler, anonymous_memory
 from moescope.benchmarks.rows import OtherLoad, add_options, make_row, report, this_host
 from moescope.benchmarks.traces import LAYERS, about, cpu_seconds, read
+from moescope.profiler.tokens import SPLITS
 from moescope.profiler.trace import Trace, TraceRows
 from moescope.profiler.trace_sums import sum_trace
 from moescope.profiler.trace_writer import TraceOptions, TraceWriter
@@ -50,6 +51,7 @@ def write(folder: Path, tokens: int) -> None:
                 place = positions[start : start + STEP]
                 ids = rng.choice(VOCABULARY, len(own), p=frequency)
                 none = np.zeros(len(own), np.uint8)
+                split = (own % SPLITS).astype(np.uint8)
                 writer.append(
                     TraceRows(
                         request=own.astype(np.uint32),
@@ -57,7 +59,7 @@ def write(folder: Path, tokens: int) -> None:
                         token=ids.astype(np.int32),
                         domain=none,
                         phase=(place >= half).astype(np.uint8),
-                        split=none,
+                        split=split,
                         experts=sets[(7 * ids + 512 * rng.integers(0, 8, len(own))) % SETS],
                     )
                 )

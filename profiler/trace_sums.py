@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.profiler.errors import OptionError, TraceError
+from moescope.profiler.tokens import SPLITS
 from moescope.profiler.trace import Trace, TraceAbout, TraceRows
 
 Integers = NDArray[np.int64]
@@ -54,8 +55,8 @@ class TraceSums:
         frequent: int64 (V,), the most frequent token ids, most frequent first.
         occurrences: int64 (V,), how often each occurs.
         vocabulary: int64 (V, L, E), selections of their tokens.
-        pairs: Tokens whose predecessor in the same request was traced.
-        kept: int64 (L,), experts that such a token shares with its predecessor, over all pairs.
+        split_pairs: int64 (S,), tokens whose predecessor in the same request was traced, by split of the request.
+        split_kept: int64 (S, L), experts that such a token shares with its predecessor, over all pairs.
         top_kept: int64 (L,), pairs with the same expert of the largest weight; None without weights.
         top_counts: int64 (L, E), times an expert had the largest weight of a token; None without weights.
         anchors: Tokens that were compared at all lags; all, or a random sample.
@@ -63,15 +64,17 @@ class TraceSums:
         lag_kept: int64 (G, L), experts shared with it.
         held_windows: int64 (M,), anchors with the m - 1 tokens before them in hand, for m = 1 to `HELD`.
         held: int64 (M, L), experts that an anchor and all those m - 1 tokens have.
-        random_pairs: Anchors that were compared with another token of their request.
-        random_kept: int64 (L,), experts shared with a random other token of the request, drawn from those of the same
-            shard.
+        split_random_pairs: int64 (S,), anchors with a predecessor, each compared with another token of its request, so
+            that each request has the weight that it has among pairs.
+        split_random_kept: int64 (S, L), experts shared with a random other token of the request, drawn from those of
+            the same shard.
         longest: Number of the longest request.
         window: Tokens of one of its windows.
         window_tokens: int64 (W,), tokens of each; the last may have fewer.
         windows: int64 (W, L, E), their selections.
         sample: unsigned (N, L, K), expert ids of tokens spread evenly over the trace, one drawn from each of N
             stretches of equal length; all tokens where there are no more.
+        sample_split: uint8 (N,), split of the request of each.
         seconds: How long the reading took.
     """
 
@@ -86,8 +89,8 @@ class TraceSums:
     frequent: Integers
     occurrences: Integers
     vocabulary: Integers
-    pairs: int
-    kept: Integers
+    split_pairs: Integers
+    split_kept: Integers
     top_kept: Integers | None
     top_counts: Integers | None
     anchors: int
@@ -95,19 +98,31 @@ class TraceSums:
     lag_kept: Integers
     held_windows: Integers
     held: Integers
-    random_pairs: int
-    random_kept: Integers
+    split_random_pairs: Integers
+    split_random_kept: Integers
     longest: int
     window: int
     window_tokens: Integers
     windows: Integers
     sample: NDArray[np.unsignedinteger[Any]]
+    sample_split: NDArray[np.uint8]
     seconds: float
 
     @property
     def lags(self) -> tuple[int, ...]:
         """(G,) tokens back; the sum of the nearest is exact for all tokens in `kept`."""
         return LAGS
+
+    @property
+    def pairs(self) -> int:
+        """Tokens whose predecessor in the same request was traced."""
+        return int(self.split_pairs.sum())
+
+    @property
+    def kept(self) -> Integers:
+        """int64 (L,), experts that they share with it, over all."""
+        total: Integers = self.split_kept.sum(axis=0)
+        return total
 
     @property
     def tokens(self) -> int:
@@ -129,7 +144,7 @@ def sum_trace(
 
     Memory: a shard (64 MB as traces are written), `pair_tokens` · L · K ids, and, for each thread, tables of
     (V + some hundreds) · L · E counts; with V = 256, 48 layers of 128 experts and top-8 some 150 MB for one thread, and
-    40 MB for each more.
+    40 MB for each more. Besides, some 40 bytes for each request and 16 for each different token id.
 
     Args:
         trace: The trace.
@@ -150,19 +165,31 @@ def sum_trace(
 
 
 class _Tally:
-    """How often each value occurs, without knowing the values beforehand."""
+    """How often each value occurs, without knowing the values beforehand.
+
+    What is added waits until it is as much as is there already, so that many small parts do not sort all values anew.
+    """
 
     def __init__(self) -> None:
         self.values: Integers = np.empty(0, np.int64)
         self.counts: Integers = np.empty(0, np.int64)
+        self._waiting: list[tuple[Integers, Integers]] = []
+        self._waits = 0
 
     def add(self, values: NDArray[Any]) -> None:
         found, counts = np.unique(values, return_counts=True)
-        every = np.concatenate([self.values, found.astype(np.int64)])
-        self.values, place = np.unique(every, return_inverse=True)
-        sums = np.zeros(len(self.values), np.int64)
-        np.add.at(sums, place, np.concatenate([self.counts, counts]))
-        self.counts = sums
+        self._waiting.append((found.astype(np.int64), counts))
+        self._waits += len(found)
+        if self._waits > len(self.values):
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what waits, before the result is looked at."""
+        parts = [(self.values, self.counts), *self._waiting]
+        self.values, place = np.unique(np.concatenate([values for values, _ in parts]), return_inverse=True)
+        self.counts = np.zeros(len(self.values), np.int64)
+        np.add.at(self.counts, place, np.concatenate([counts for _, counts in parts]))
+        self._waiting, self._waits = [], 0
 
 
 @dataclass(slots=True, eq=False)
@@ -185,6 +212,7 @@ class _Counts:
     counts: Integers
     cell_tokens: Integers
     vocabulary: Integers
+    pairs: Integers
     kept: Integers
     top_kept: Integers
     top_counts: Integers
@@ -192,8 +220,9 @@ class _Counts:
     lag_kept: Integers
     held_windows: Integers
     held: Integers
+    random_pairs: Integers
     random_kept: Integers
-    totals: Integers  # pairs, anchors, random pairs
+    anchors: Integers
     window_tokens: Integers
     windows: Integers
 
@@ -223,6 +252,10 @@ class _Sorted:
     def experts(self, places: NDArray[np.intp]) -> NDArray[np.unsignedinteger[Any]]:
         """(n, L, K) ids at places of the order."""
         return self._gather(places, self.history.experts, self.rows.experts)
+
+    def splits(self, places: NDArray[np.intp]) -> NDArray[np.uint8]:
+        """(n,) splits at places of new rows."""
+        return self.rows.split[self.order[places] - len(self.history)]
 
     def tops(self, places: NDArray[np.intp]) -> NDArray[np.unsignedinteger[Any]]:
         """(n, L) ids of largest weight at places of the order."""
@@ -282,6 +315,8 @@ class _Reading:
             owners.add(request)
             ids.add(token)
             last = max(last, int(position.max(initial=0)))
+        owners.settle()
+        ids.settle()
         self.numbers, self.lengths = owners.values, owners.counts
         if self.wanted is not None and self.trace.tokens and not len(self.numbers):
             raise OptionError(f"none of the requests asked for is in the trace {self.trace.folder}")
@@ -309,6 +344,7 @@ class _Reading:
         depth, steps = len(self.layers), len(STEPS)
         whole = self._zeros()
         sample = np.empty((len(self.drawn), depth, self.most), self.trace.about.columns["experts"][0])
+        sample_split = np.empty(len(self.drawn), np.uint8)
         history = self._none()
         done = longest = 0
         spare = [whole]  # tables that no thread uses
@@ -316,6 +352,7 @@ class _Reading:
             for rows in self._rows():
                 first, last = np.searchsorted(self.drawn, (done, done + len(rows)))
                 sample[first:last] = rows.experts[self.drawn[first:last] - done]
+                sample_split[first:last] = rows.split[self.drawn[first:last] - done]
                 in_hand = self._sorted(rows, history, longest)
                 anchors = self.rng.random(len(in_hand.order)) < self.anchor_share
                 others = self.rng.random(len(in_hand.order))
@@ -330,7 +367,6 @@ class _Reading:
             if other is not whole:
                 whole.add(other)
         weighted = self.trace.about.weights
-        pairs, anchored, drawn = whole.totals.tolist()
         return TraceSums(
             about=self.trace.about,
             requests=len(self.numbers),
@@ -343,22 +379,23 @@ class _Reading:
             frequent=self.frequent,
             occurrences=self.occurrences,
             vocabulary=whole.vocabulary,
-            pairs=pairs,
-            kept=whole.kept,
+            split_pairs=whole.pairs,
+            split_kept=whole.kept,
             top_kept=whole.top_kept if weighted else None,
             top_counts=whole.top_counts if weighted else None,
-            anchors=anchored,
+            anchors=int(whole.anchors[0]),
             lag_pairs=whole.lag_pairs,
             lag_kept=whole.lag_kept,
             held_windows=whole.held_windows,
             held=whole.held,
-            random_pairs=drawn,
-            random_kept=whole.random_kept,
+            split_random_pairs=whole.random_pairs,
+            split_random_kept=whole.random_kept,
             longest=int(self.numbers[self.longest]),
             window=self.window,
             window_tokens=whole.window_tokens,
             windows=whole.windows,
             sample=sample,
+            sample_split=sample_split,
             seconds=time.monotonic() - start,
         )
 
@@ -368,15 +405,17 @@ class _Reading:
             "counts": (len(STEPS) * self.buckets, depth, width),
             "cell_tokens": (len(STEPS) * self.buckets,),
             "vocabulary": (len(self.frequent), depth, width),
-            "kept": (depth,),
+            "pairs": (SPLITS,),
+            "kept": (SPLITS, depth),
             "top_kept": (depth,),
             "top_counts": (depth, width),
             "lag_pairs": (len(LAGS),),
             "lag_kept": (len(LAGS), depth),
             "held_windows": (HELD,),
             "held": (HELD, depth),
-            "random_kept": (depth,),
-            "totals": (3,),
+            "random_pairs": (SPLITS,),
+            "random_kept": (SPLITS, depth),
+            "anchors": (1,),
             "window_tokens": (self.window_count,),
             "windows": (self.window_count, depth, width),
         }
@@ -469,9 +508,10 @@ class _Reading:
         before = max(start - 1, 0)
         ids = _layers_first(in_hand.experts(np.arange(before, stop)))  # (L, K, rows), one row before the block's
         own = ids[:, :, start - before :]
-        self._check(own)
+        self._check(own, in_hand.splits(places[new]))
         valid = new[_back(in_hand, places[new], 1)]
-        sums.totals[0] += len(valid)
+        split = in_hand.splits(places[valid])
+        sums.pairs += np.bincount(split, minlength=SPLITS)
 
         group, token, window = self._groups(in_hand, places[new])
         used, group = np.unique(group, return_inverse=True)
@@ -489,14 +529,17 @@ class _Reading:
                 sums.vocabulary[:, slot] += _table(token[frequent], fresh[:, frequent], len(self.frequent), self.width)
             if len(inside):
                 sums.windows[:, slot] += _table(window[inside], fresh[:, inside], self.window_count, self.width)
-            sums.kept[slot] += _kept(ids[slot, : layer.top_k], follows)
+            shared = _kept(ids[slot, : layer.top_k])[follows[1:]]
+            sums.kept[:, slot] += np.bincount(split, weights=shared, minlength=SPLITS).astype(np.int64)
         if in_hand.top is not None:
             self._tops(sums, in_hand, places[new], places[valid])
         anchored = places[new][anchors[start:stop][new]]
         for first in range(0, len(anchored), _COMPARED):
             self._anchored(sums, in_hand, anchored[first : first + _COMPARED], others)
 
-    def _check(self, own: NDArray[np.unsignedinteger[Any]]) -> None:
+    def _check(self, own: NDArray[np.unsignedinteger[Any]], splits: NDArray[np.uint8]) -> None:
+        if splits.max(initial=0) >= SPLITS:
+            raise TraceError(f"{self.trace.folder} is damaged: a split is out of range")
         for slot, layer in enumerate(self.layers):
             if own[slot, : layer.top_k].max(initial=0) >= layer.experts:
                 raise TraceError(
@@ -527,7 +570,7 @@ class _Reading:
         self, sums: _Counts, in_hand: _Sorted, anchors: NDArray[np.intp], others: NDArray[np.float64]
     ) -> None:
         """Compare anchors with tokens before them, and with a random one of their request."""
-        sums.totals[1] += len(anchors)
+        sums.anchors += len(anchors)
         own = _layers_first(in_hand.experts(anchors))
         held = np.broadcast_to(self.chosen[:, :, None], own.shape).copy()
         reaches = np.ones(len(anchors), np.bool_)
@@ -537,16 +580,19 @@ class _Reading:
             same = self._shared(own, in_hand, anchors - lag, there)
             sums.lag_pairs[number] += np.count_nonzero(there)
             sums.lag_kept[number] += same.sum(axis=(1, 2))
+            if lag == 1:
+                followed = there
             if lag < HELD:
                 reaches &= there
                 held &= same
                 self._hold(sums, lag, held, reaches)
+        anchors, own = anchors[followed], own[:, :, followed]
         begin = in_hand.begin[anchors]
-        length = in_hand.end[anchors] - begin
-        other = begin + (others[anchors] * (length - 1)).astype(np.intp)
+        other = begin + (others[anchors] * (in_hand.end[anchors] - begin - 1)).astype(np.intp)
         other += other >= anchors  # any but itself
-        sums.totals[2] += np.count_nonzero(length > 1)
-        sums.random_kept += self._shared(own, in_hand, other, length > 1).sum(axis=(1, 2))
+        split = in_hand.splits(anchors)
+        sums.random_pairs += np.bincount(split, minlength=SPLITS)
+        np.add.at(sums.random_kept, split, self._shared(own, in_hand, other, followed[followed]).sum(axis=1).T)
 
     def _hold(self, sums: _Counts, lag: int, held: NDArray[np.bool_], reaches: NDArray[np.bool_]) -> None:
         sums.held_windows[lag] += np.count_nonzero(reaches)
@@ -579,14 +625,14 @@ def _layers_first(ids: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.unsignedi
     return found
 
 
-def _kept(ids: NDArray[np.unsignedinteger[Any]], follows: NDArray[np.bool_]) -> int:
-    """Experts (k, n) that tokens share with the token before, over those that follow one of their request."""
-    kept = 0
+def _kept(ids: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int32]:
+    """(n - 1,) how many experts (k, n) of the row before each row has."""
+    kept = np.zeros(ids.shape[1] - 1, np.int32)
     for choice in ids:
-        same = np.zeros(len(follows) - 1, np.bool_)
+        same = np.zeros(len(kept), np.bool_)
         for other in ids:
             same |= choice[1:] == other[:-1]
-        kept += int(np.count_nonzero(same & follows[1:]))
+        kept += same
     return kept
 
 
@@ -610,6 +656,7 @@ def _tops(rows: TraceRows) -> NDArray[np.unsignedinteger[Any]] | None:
     """(n, L) the expert of the largest weight; None without weights."""
     if rows.weights is None:
         return None
-    # bits of floats that are not negative are in the order of the floats, and integers are compared faster
-    largest = rows.weights.view(np.uint16).argmax(axis=2)
+    # bits of floats that are not negative are in the order of the floats, the others are below as signed integers, and
+    # integers are compared faster
+    largest = rows.weights.view(np.int16).argmax(axis=2)
     return np.take_along_axis(rows.experts, largest[:, :, None], axis=2)[:, :, 0]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from moescope.stats.comparison import distances
 from moescope.stats.layout import check_ascending, padding_mask
 from moescope.stats.pairwise import pairwise_pearson
-from moescope.stats.token_sets import LN2, choice_shares, freedom
+from moescope.stats.token_sets import choice_shares, settling_floor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,8 +47,7 @@ def settling(
 ) -> Settling:
     """Add the parts up and hold each sum against the whole.
 
-    The floor: n tokens drawn from N differ from all of them by Var(p) = p (1 - π) (1/n - 1/N) / k (drawing without
-    replacement), so to second order JS ≈ Σ Var / (8 p ln 2) = (U - k) (1/n - 1/N) / (8 k ln 2), with U used experts.
+    The floor is that of `settling_floor`, 0 at the end.
 
     Args:
         counts: (C, L, E) int64, selections of each part.
@@ -70,14 +69,14 @@ def settling(
     whole = counts.sum(axis=0)
     reference = pairwise_pearson(choice_shares(whole, experts), experts)
     pairs = np.triu_indices(len(layers), k=1)
-    rest = 1 / np.maximum(so_far, 1) - 1 / max(int(tokens.sum()), 1)
-    floor = rest[:, None] * freedom(whole, top_k) / (8 * np.asarray(top_k) * LN2)
+    every = int(tokens.sum())
+    floor = [settling_floor(whole, top_k, drawn, every, experts) for drawn in so_far[:-1].tolist()]
     return Settling(
         layers=tuple(int(layer) for layer in layers),
         tokens=so_far,
         requests=requests[there].cumsum(),
         distance=_rows([distances(part, whole, experts).jensen_shannon for part in sums], len(layers)),
-        floor=floor,
+        floor=_rows([*floor, *[np.zeros(len(layers))] * min(len(so_far), 1)], len(layers)),
         dead=((sums == 0) & ~padding_mask(experts, counts.shape[2])).sum(axis=(1, 2)),
         correlation=np.array([_difference(part, reference, experts, pairs) for part in sums]),
     )

@@ -6,11 +6,11 @@ n tokens has Var(c) = n (T - n) / (T - 1) · π (1 - π). All chance levels here
 as they are, k = 1 giving the familiar ones (G. Miller, "Note on the bias of information estimates", 1955).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, rel_entr
+from scipy.special import chdtri, gammaln, rel_entr
 
 from moescope.stats.layout import padding_mask
 
@@ -21,6 +21,16 @@ EXACT_UP_TO = 1024
 
 CHUNK_VALUES = 1 << 20
 """Probabilities held at a time."""
+
+LEVEL = 0.05
+"""Chance of a false alarm over all looks."""
+
+KNOTS = 160
+"""Numbers of tokens that have an expert for which a mean is computed; between them it is interpolated."""
+
+Shares = NDArray[np.float64]
+Term = Callable[[Shares, Shares, Shares], Shares]
+"""From the shares of tokens that have an expert, of those drawn, of the others and of all, to the expert's part."""
 
 
 def choice_shares(counts: NDArray[np.int64], experts: Sequence[int]) -> NDArray[np.float64]:
@@ -60,6 +70,22 @@ def freedom(counts: NDArray[np.int64], top_k: Sequence[int]) -> NDArray[np.float
     return free
 
 
+def clear_ratio(free: float, looks: int) -> float:
+    """Times its floor that the largest of so many divergences of random groups stays below, 19 times out of 20.
+
+    Near its floor a divergence is spread as χ² over its degrees of freedom; with several looks each has its part of the
+    5% (Bonferroni).
+
+    Args:
+        free: degrees of freedom of one divergence; fewer are more careful.
+        looks: divergences that are looked at.
+
+    Returns:
+        1 or more; 1 without any freedom.
+    """
+    return max(float(chdtri(free, LEVEL / max(looks, 1))) / free, 1.0) if free > 0 else 1.0
+
+
 def divergence_floor(
     together: NDArray[np.int64], top_k: Sequence[int], one: int, two: int, experts: Sequence[int]
 ) -> NDArray[np.float64]:
@@ -84,18 +110,89 @@ def divergence_floor(
     if one < 1 or two < 1:
         return np.full(len(together), np.nan)
     inside = np.where(padding_mask(experts, together.shape[1]), 0, together)
-    k = np.asarray(top_k, np.float64)
     if min(one, two) > EXACT_UP_TO:
-        floor: NDArray[np.float64] = freedom(inside, top_k) * (1 / one + 1 / two) / (8 * k * LN2)
-        return floor
-    values, place = np.unique(inside, return_inverse=True)
-    terms: NDArray[np.float64] = _expected_terms(values, min(one, two), one + two)[place].reshape(inside.shape)
-    total: NDArray[np.float64] = terms.sum(axis=1) / k
+        return freedom(inside, top_k) * (1 / one + 1 / two) / (8 * np.asarray(top_k, np.float64) * LN2)
+    return _mean_divergence(inside, top_k, min(one, two), one + two, _js_of_rest)
+
+
+def settling_floor(
+    whole: NDArray[np.int64], top_k: Sequence[int], drawn: int, tokens: int, experts: Sequence[int]
+) -> NDArray[np.float64]:
+    """Jensen-Shannon divergence, in bits, of `drawn` random ones of T tokens from all of them.
+
+    As `divergence_floor`; the second order is (U - k) (1/n - 1/T) / (8 k ln 2).
+
+    Args:
+        whole: (L, E) int64, selections of all tokens.
+        top_k: (L,) experts that a token selects.
+        drawn: tokens drawn, n.
+        tokens: all tokens, T.
+        experts: (L,) routed experts; columns beyond a layer's number are ignored.
+
+    Returns:
+        (L,) float64; NaN where none is drawn.
+    """
+    return _part_of_whole(whole, top_k, drawn, tokens, experts, _js_of_whole, 8.0)
+
+
+def specificity_floor(
+    whole: NDArray[np.int64], top_k: Sequence[int], drawn: int, tokens: int, experts: Sequence[int]
+) -> NDArray[np.float64]:
+    """Kullback-Leibler divergence, in bits, of `drawn` random ones of T tokens from all of them.
+
+    This is also what entropy of so few tokens misses of that of all. As `divergence_floor`; the second order is
+    (U - k) (1/n - 1/T) / (2 k ln 2), for k = 1 the bias of Miller and Madow (1955).
+
+    Args:
+        whole: (L, E) int64, selections of all tokens.
+        top_k: (L,) experts that a token selects.
+        drawn: tokens drawn, n.
+        tokens: all tokens, T.
+        experts: (L,) routed experts; columns beyond a layer's number are ignored.
+
+    Returns:
+        (L,) float64; NaN where none is drawn.
+    """
+    return _part_of_whole(whole, top_k, drawn, tokens, experts, _kl_of_whole, 2.0)
+
+
+def _part_of_whole(
+    whole: NDArray[np.int64],
+    top_k: Sequence[int],
+    drawn: int,
+    tokens: int,
+    experts: Sequence[int],
+    term: Term,
+    order: float,
+) -> NDArray[np.float64]:
+    if drawn < 1:
+        return np.full(len(whole), np.nan)
+    inside = np.where(padding_mask(experts, whole.shape[1]), 0, whole)
+    if drawn > EXACT_UP_TO:
+        return freedom(inside, top_k) * (1 / drawn - 1 / tokens) / (order * np.asarray(top_k, np.float64) * LN2)
+    return _mean_divergence(inside, top_k, drawn, tokens, term)
+
+
+def _mean_divergence(
+    chosen: NDArray[np.int64], top_k: Sequence[int], drawn: int, tokens: int, term: Term
+) -> NDArray[np.float64]:
+    """(L,) mean over all ways to draw of a divergence that is a sum of terms over experts (L, E), in bits."""
+    values, place = np.unique(chosen, return_inverse=True)
+    if len(values) > KNOTS:
+        knots = np.unique(np.geomspace(1, values[-1], KNOTS).astype(np.int64))
+        mean = np.where(
+            values > 0,
+            np.interp(np.log(values + (values == 0)), np.log(knots), _mean_terms(knots, drawn, tokens, term)),
+            0.0,
+        )
+    else:
+        mean = _mean_terms(values, drawn, tokens, term)
+    total: NDArray[np.float64] = mean[place].reshape(chosen.shape).sum(axis=1) / (np.asarray(top_k) * LN2)
     return total
 
 
-def _expected_terms(chosen: NDArray[np.int64], drawn: int, tokens: int) -> NDArray[np.float64]:
-    """(n,) mean term, with k = 1, of experts that `chosen` (n,) of the tokens have, if `drawn` are one group."""
+def _mean_terms(chosen: NDArray[np.int64], drawn: int, tokens: int, term: Term) -> NDArray[np.float64]:
+    """(n,) mean term of experts that `chosen` (n,) of the tokens have, with k = 1 and in nats."""
     found = np.zeros(len(chosen))
     got, rest = np.arange(drawn + 1), tokens - drawn
     step = max(1, CHUNK_VALUES // len(got))
@@ -105,10 +202,31 @@ def _expected_terms(chosen: NDArray[np.int64], drawn: int, tokens: int) -> NDArr
         possible = (left >= 0) & (left <= rest)
         ways = _log_choose(drawn, got) + _log_choose(rest, np.clip(left, 0, rest)) - _log_choose(tokens, own)
         chance = np.exp(np.where(possible, ways, -np.inf))
-        p, q = np.broadcast_to(got / drawn, left.shape), np.maximum(left, 0) / rest
-        middle = (p + q) / 2
-        found[start : start + step] = (chance * (rel_entr(p, middle) + rel_entr(q, middle))).sum(axis=1)
-    return found / (2 * LN2)
+        shares = (got / drawn, np.maximum(left, 0) / max(rest, 1), own / tokens)
+        found[start : start + step] = (chance * term(*np.broadcast_arrays(*shares))).sum(axis=1)
+    return found
+
+
+def _js_of_rest(part: Shares, rest: Shares, whole: Shares) -> Shares:
+    """Jensen-Shannon divergence of those drawn from the others."""
+    return _jensen_shannon(part, rest)
+
+
+def _js_of_whole(part: Shares, rest: Shares, whole: Shares) -> Shares:
+    """Jensen-Shannon divergence of those drawn from all."""
+    return _jensen_shannon(part, whole)
+
+
+def _jensen_shannon(one: Shares, two: Shares) -> Shares:
+    middle = (one + two) / 2
+    term: Shares = (rel_entr(one, middle) + rel_entr(two, middle)) / 2
+    return term
+
+
+def _kl_of_whole(part: Shares, rest: Shares, whole: Shares) -> Shares:
+    """Kullback-Leibler divergence of those drawn from all; an expert that none has adds nothing."""
+    term: Shares = rel_entr(np.where(whole > 0, part, 0.0), whole)
+    return term
 
 
 def _log_choose(many: int, few: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -7,10 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.layout import check_ascending
-from moescope.stats.token_sets import LN2, choice_shares, entropy_bits, freedom
+from moescope.stats.token_sets import LN2, choice_shares, clear_ratio, entropy_bits, freedom, specificity_floor
 
 LEAST_SELECTIONS = 100
 """Selections that an expert must have from frequent token ids to be ranked."""
+
+
+SIZES = 48
+"""Numbers of selections for which chance is computed; between them it is interpolated."""
+
+TINY = 1e-12
+"""Bits that count as none where a logarithm is taken."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +30,8 @@ class ExpertTokens:
         selections: by all tokens.
         from_frequent: of them, those by the frequent token ids.
         bits: how far the ids of its tokens lie from those of all (Kullback-Leibler divergence), less its bias.
+        bias: the bias, already taken off.
+        clear: whether that is beyond what any expert would have by chance; see `clear_ratio`.
         tokens: token ids that select it most beyond their share, and how much of `from_frequent` is theirs, largest
             excess first.
         expected: what would be theirs by how often they occur.
@@ -33,6 +42,8 @@ class ExpertTokens:
     selections: int
     from_frequent: int
     bits: float
+    bias: float
+    clear: bool
     tokens: tuple[tuple[int, float], ...]
     expected: tuple[float, ...]
 
@@ -51,6 +62,7 @@ class VocabularyUse:
         ceiling: (L,) bits that it has where the id decides: entropy of the drawn expert, less log₂ k.
         specificity: (V, L) Kullback-Leibler divergence in bits of a token id's experts from those of all frequent ids,
             less its bias; `information` is their mean by occurrences.
+        specificity_floor: (V, L) the bias, already taken off.
         effective: (V, L) effective number of experts 2^H of a token id, H with its bias taken off: k is the least.
         effective_all: (L,) the same over all frequent ids.
         specific: experts whose tokens are most particular, first the most.
@@ -64,6 +76,7 @@ class VocabularyUse:
     bias: NDArray[np.float64]
     ceiling: NDArray[np.float64]
     specificity: NDArray[np.float64]
+    specificity_floor: NDArray[np.float64]
     effective: NDArray[np.float64]
     effective_all: NDArray[np.float64]
     specific: tuple[ExpertTokens, ...]
@@ -93,11 +106,12 @@ def vocabulary_use(
 ) -> VocabularyUse:
     """Entropy, information and the experts that stand out.
 
-    With p_v the experts of id v and p those of all frequent ids, I = Σ w_v KL(p_v ‖ p). If ids were dealt to tokens at
-    random, n_v tokens of N would have KL (U - k) (1/n_v - 1/N) / (2 k ln 2) on average (second order, exact moments of
-    drawing without replacement), which is taken off; summed over ids this is (V - 1) (U - k) / (2 k (N - 1) ln 2), for
-    k = 1 the bias of Miller and Madow (1955). Entropy misses (U_v - k) / (2 k n_v ln 2). For an expert with n of its
-    selections from frequent ids, KL of their ids from all has the bias (V - 1) (1 - π) / (2 n ln 2).
+    With p_v the experts of id v and p those of all frequent ids, I = Σ w_v KL(p_v ‖ p). What the n_v tokens of an id
+    would have if ids were dealt to tokens at random, `specificity_floor`, is taken off each, and their mean off I.
+    Entropy misses (U_v - k) / (2 k n_v ln 2) (Miller and Madow, 1955). The ids of an expert are held against those of
+    all tokens in the same way, a token having one id.
+
+    Tokens are taken as exchangeable: an id that occurs in few requests owes some of its experts to those.
 
     Args:
         counts: (V, L, E) int64, selections of the tokens of each id.
@@ -126,12 +140,13 @@ def vocabulary_use(
     shares, mean = choice_shares(counts, experts), choice_shares(together, experts)
     ratio = np.divide(shares, mean, where=(shares > 0) & (mean > 0), out=np.ones_like(shares))
     divergence = (shares * np.log2(ratio)).sum(axis=-1)
-    free = freedom(together, top_k)
     inverse = 1 / np.where(occurrences > 0, occurrences, np.nan)
     own_free = freedom(counts, top_k)
-    specificity = divergence - (inverse[:, None] - 1 / max(number, 1)) * free / (2 * k * LN2)
-    bias = (len(occurrences) - 1) * free / (2 * k * max(number - 1, 1) * LN2)
+    sizes, place = np.unique(occurrences, return_inverse=True)
+    floors = np.array([specificity_floor(together, top_k, size, number, experts) for size in sizes.tolist()])
+    floor = floors.reshape(-1, len(layers))[place]
     weights = occurrences / max(number, 1)
+    bias = np.einsum("v,vl->l", weights, floor)
     return VocabularyUse(
         layers=tuple(int(layer) for layer in layers),
         tokens=np.asarray(tokens, np.int64),
@@ -140,7 +155,8 @@ def vocabulary_use(
         information=np.einsum("v,vl->l", weights, divergence) - bias if len(weights) > 1 else np.full(len(k), np.nan),
         bias=bias,
         ceiling=np.maximum(entropy_bits(mean) - np.log2(k), 0.0),
-        specificity=specificity,
+        specificity=divergence - floor,
+        specificity_floor=floor,
         effective=2 ** (entropy_bits(shares) + own_free * inverse[:, None] / (2 * k * LN2)),
         effective_all=2 ** entropy_bits(mean),
         specific=_specific(counts, occurrences, tokens, totals, layers, most, each),
@@ -164,8 +180,10 @@ def _specific(
     selections = counts.sum(axis=0)
     shares = counts / np.maximum(selections, 1)
     ratio = np.divide(shares, expected[:, None, None], where=shares > 0, out=np.ones_like(shares))
-    bias = (len(occurrences) - 1) * (1 - selections / number) / (2 * np.maximum(selections, 1) * LN2)
-    bits = np.where(selections >= LEAST_SELECTIONS, (shares * np.log2(ratio)).sum(axis=0) - bias, -np.inf)
+    raw, bias = (shares * np.log2(ratio)).sum(axis=0), _id_floor(occurrences, selections)
+    ranked = selections >= LEAST_SELECTIONS
+    bits = np.where(ranked, raw - bias, -np.inf)
+    clear = clear_ratio(len(occurrences) - 1, int(np.count_nonzero(ranked)))
     found = []
     for cell in np.argsort(-bits, axis=None, kind="stable")[:most]:
         slot, expert = np.unravel_index(cell, bits.shape)
@@ -180,8 +198,20 @@ def _specific(
                 selections=int(totals[slot, expert]),
                 from_frequent=int(selections[slot, expert]),
                 bits=float(bits[slot, expert]),
+                bias=float(bias[slot, expert]),
+                clear=bool(raw[slot, expert] > clear * bias[slot, expert]),
                 tokens=tuple((int(tokens[v]), float(own[v])) for v in best),
                 expected=tuple(float(expected[v]) for v in best),
             )
         )
     return tuple(found)
+
+
+def _id_floor(occurrences: NDArray[np.int64], selections: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(L, E) divergence of the ids of so many random tokens (L, E) from those of all, in bits."""
+    number = int(occurrences.sum())
+    sizes, place = np.unique(np.maximum(selections, 1), return_inverse=True)
+    knots = np.unique(np.geomspace(sizes[0], sizes[-1], SIZES).astype(np.int64))
+    floors = [specificity_floor(occurrences[None], [1], size, number, [len(occurrences)])[0] for size in knots.tolist()]
+    found: NDArray[np.float64] = np.exp(np.interp(np.log(sizes), np.log(knots), np.log(np.maximum(floors, TINY))))
+    return found[place].reshape(selections.shape)

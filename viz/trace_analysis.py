@@ -96,10 +96,10 @@ def analyze_trace(sums: "TraceSums", texts: Mapping[int, str] | None = None, n_j
         repetition=repetition(
             totals,
             sums.tokens,
-            kept=sums.kept,
-            pairs=sums.pairs,
-            random_kept=sums.random_kept,
-            random_pairs=sums.random_pairs,
+            split_kept=sums.split_kept,
+            split_pairs=sums.split_pairs,
+            split_random_kept=sums.split_random_kept,
+            split_random_pairs=sums.split_random_pairs,
             lags=sums.lags,
             lag_kept=sums.lag_kept,
             lag_pairs=sums.lag_pairs,
@@ -110,7 +110,7 @@ def analyze_trace(sums: "TraceSums", texts: Mapping[int, str] | None = None, n_j
             top_kept=sums.top_kept,
             top_counts=sums.top_counts,
         ),
-        agreement=layer_agreement(sums.sample, top_k, experts, layers, n_jobs),
+        agreement=layer_agreement(sums.sample, top_k, experts, layers, n_jobs, sums.sample_split),
         vocabulary=vocabulary_use(
             sums.vocabulary, sums.occurrences, sums.frequent, totals, sums.tokens, top_k, experts, layers
         ),

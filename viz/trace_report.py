@@ -120,6 +120,9 @@ def trace_data(analysis: TraceAnalysis) -> dict[str, Any]:
         "repetition": {
             "num_pairs": repeated.pairs,
             "share_kept": repeated.kept,
+            "share_kept_interval": repeated.kept_interval,
+            "order_interval": repeated.order_interval,
+            "request_interval": repeated.request_interval,
             "chance": repeated.chance,
             "share_with_random_token_of_request": repeated.within,
             "mean_run_length": repeated.run,
@@ -137,6 +140,7 @@ def trace_data(analysis: TraceAnalysis) -> dict[str, Any]:
             "num_tokens": agreed.tokens,
             "variance_explained": agreed.explained,
             "variance_explained_chance": agreed.explained_chance,
+            "variance_explained_noise": agreed.explained_noise,
             "mutual_information": agreed.information,
             "mutual_information_bias": agreed.bias,
             "mutual_information_ceiling": agreed.ceiling,
@@ -154,6 +158,7 @@ def trace_data(analysis: TraceAnalysis) -> dict[str, Any]:
             "mutual_information_ceiling": vocabulary.ceiling,
             "share_decided": vocabulary.decided,
             "specificity": vocabulary.specificity,
+            "specificity_chance": vocabulary.specificity_floor,
             "effective_experts": vocabulary.effective,
             "effective_experts_all": vocabulary.effective_all,
             "specific_experts": [
@@ -163,6 +168,8 @@ def trace_data(analysis: TraceAnalysis) -> dict[str, Any]:
                     "selections": one.selections,
                     "selections_by_frequent": one.from_frequent,
                     "bits": one.bits,
+                    "bits_chance": one.bias,
+                    "beyond_chance": one.clear,
                     "tokens": [
                         {"token_id": token, "share": share, "chance": expected}
                         for (token, share), expected in zip(one.tokens, one.expected, strict=True)
@@ -195,4 +202,5 @@ def _groups(found: TokenGroups) -> dict[str, Any]:
         "jensen_shannon_from_rest_chance": found.rest_floor,
         "jensen_shannon_from_before": found.from_before,
         "jensen_shannon_from_before_chance": found.before_floor,
+        "clear_ratio": found.clear,
     }

@@ -49,6 +49,7 @@ def check(sums: TraceSums, rows: TraceRows) -> None:
     vocabulary: dict[int, Any] = {token: np.zeros(sums.counts.shape[2:], int) for token in occurrences}
     lag_pairs, lag_kept = np.zeros(len(LAGS), int), np.zeros((len(LAGS), len(layers)), int)
     windows, held = np.zeros(HELD, int), np.zeros((HELD, len(layers)), int)
+    split_kept, split_pairs = np.zeros((16, len(layers)), int), np.zeros(16, int)
     top_kept, top_counts = np.zeros(len(layers), int), np.zeros(sums.counts.shape[2:], int)
     done = 0
     for own in requests.values():
@@ -60,12 +61,14 @@ def check(sums: TraceSums, rows: TraceRows) -> None:
             bucket = max(b for b, first in enumerate(sums.position_starts) if first <= t)
             cells[step, bucket] += 1
             lag_pairs += [t >= lag for lag in LAGS]
+            split_pairs[own.split[0]] += t > 0
             windows += [t >= m for m in range(HELD)]
             for slot, layer in enumerate(layers):
                 sets = [set(own.experts[i, slot, : layer.top_k].tolist()) for i in range(t + 1)]
                 for expert in sets[t]:
                     counts[step, bucket, slot, expert] += 1
                     vocabulary[int(own.token[t])][slot, expert] += 1
+                split_kept[own.split[0], slot] += len(sets[t] & sets[t - 1]) if t else 0
                 for number, lag in enumerate(LAGS):
                     if t >= lag:
                         lag_kept[number, slot] += len(sets[t] & sets[t - lag])
@@ -88,6 +91,9 @@ def check(sums: TraceSums, rows: TraceRows) -> None:
         "top_counts": top_counts,
         "kept": lag_kept[0],
         "pairs": lag_pairs[0],
+        "split_kept": split_kept,
+        "split_pairs": split_pairs,
+        "split_random_pairs": split_pairs,
     }.items():
         np.testing.assert_array_equal(getattr(sums, name), expected, err_msg=name)
     common = [count for _, count in occurrences.most_common(len(sums.frequent))]
@@ -113,6 +119,7 @@ def test_every_sum_is_that_of_a_loop_over_tokens(written: tuple[Path, TraceRows]
     sums = sum_trace(Trace(folder), vocabulary=40, n_jobs=n_jobs)
     check(sums, rows)
     np.testing.assert_array_equal(sums.sample, rows.experts)
+    np.testing.assert_array_equal(sums.sample_split, rows.split)
     assert not sums.chosen
     np.testing.assert_array_equal(sums.counts.sum(axis=(0, 1)), Trace(folder).profile().selection_counts.sum((0, 1)))
 
@@ -145,7 +152,48 @@ def test_a_random_token_is_one_of_the_same_request(tmp_path: Path) -> None:
             writer.commit(batch)
         writer.finish()
     sums = sum_trace(Trace(tmp_path / "t"))
-    assert (sums.random_pairs, sums.random_kept.tolist()) == (60, [120])  # the request of one token has no other
+    # as many as neighbours, 19 of each request: the request of one token has neither
+    assert sums.split_random_pairs.sum() == sums.pairs == 57
+    assert sums.split_random_kept.sum(axis=0).tolist() == sums.kept.tolist() == [114]
+
+
+def test_requests_weigh_as_much_among_random_tokens_as_among_neighbours(tmp_path: Path) -> None:
+    """Short requests that keep their experts beside a long one that does not: order brings nothing in either."""
+    of, lengths = about((LayerInfo(0, 64, 1),)), [2] * 300 + [900]
+    owners = np.repeat(np.arange(301), lengths)
+    rows = random_rows(of, owners.tolist(), [place for length in lengths for place in range(length)])
+    rows.experts[:600, 0, 0] = owners[:600] % 64
+    with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t")) as writer:
+        writer.append(rows)
+        writer.commit(0)
+        writer.finish()
+    sums = sum_trace(Trace(tmp_path / "t"))
+    assert abs(sums.kept[0] - sums.split_random_kept.sum()) < 0.02 * sums.pairs
+
+
+def test_a_random_token_is_not_the_token_itself(tmp_path: Path) -> None:
+    of = about((LayerInfo(0, 3, 1),))
+    rows = random_rows(of, [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3, [0, 1, 2] * 4)
+    rows.experts[:, 0, 0] = rows.position
+    with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t")) as writer:
+        writer.append(rows)
+        writer.commit(0)
+        writer.finish()
+    assert sum_trace(Trace(tmp_path / "t")).split_random_kept.sum() == 0
+
+
+def test_a_weight_that_rounding_made_negative_is_not_the_largest(tmp_path: Path) -> None:
+    of = about((LayerInfo(0, 8, 3),), weights=True)
+    rows = random_rows(of, [0], [0])
+    assert rows.weights is not None
+    rows.experts[0, 0], rows.weights[0, 0] = [5, 3, 1], [-0.0, 0.75, -1e-4]
+    with trace_writer.TraceWriter(of, trace_writer.TraceOptions(tmp_path / "t", weights=True)) as writer:
+        writer.append(rows)
+        writer.commit(0)
+        writer.finish()
+    counts = sum_trace(Trace(tmp_path / "t")).top_counts
+    assert counts is not None
+    assert counts.argmax() == 3
 
 
 def test_samples_are_spread_and_the_same_for_one_seed(

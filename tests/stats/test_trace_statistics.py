@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moescope.stats.layer_agreement import layer_agreement
+from moescope.stats.layer_agreement import excess_by_distance, layer_agreement
 from moescope.stats.repetition import Repetition, repetition
 from moescope.stats.settling import settling
 from moescope.stats.token_groups import token_groups
@@ -34,10 +34,10 @@ def repeated(chosen: np.ndarray, experts: int, held: int = 3) -> Repetition:
     return repetition(
         tally(chosen, experts),
         tokens,
-        kept=np.array([sum(len(a[s] & b[s]) for a, b in pairs) for s in range(depth)]),
-        pairs=len(pairs),
-        random_kept=np.array([sum(len(sets[i][s] & sets[j][s]) for i, j in any_two) for s in range(depth)]),
-        random_pairs=len(any_two),
+        split_kept=np.array([[sum(len(a[s] & b[s]) for a, b in pairs) for s in range(depth)]]),
+        split_pairs=np.array([len(pairs)]),
+        split_random_kept=np.array([[sum(len(sets[i][s] & sets[j][s]) for i, j in any_two) for s in range(depth)]]),
+        split_random_pairs=np.array([len(any_two)]),
         lags=(1,),
         lag_kept=np.array([[sum(len(a[s] & b[s]) for a, b in pairs) for s in range(depth)]]),
         lag_pairs=np.array([len(pairs)]),
@@ -90,6 +90,44 @@ def test_sticky_routing_is_above_chance_and_random_routing_is_at_it() -> None:
     assert abs(found.run[0] - found.run_chance[0]) < 0.05
     assert found.run[1] > 2 * found.run_chance[1]
     assert abs(found.within[1] - chance[1]) < 0.03  # in random order nothing sticks
+
+
+def of_splits(kept: np.ndarray, others: np.ndarray, pairs: np.ndarray, counts: np.ndarray) -> Repetition:
+    none = np.zeros((1, 1), int)
+    return repetition(
+        counts[None],
+        int(pairs.sum()) + len(pairs),
+        split_kept=kept[:, None],
+        split_pairs=pairs,
+        split_random_kept=others[:, None],
+        split_random_pairs=pairs,
+        lags=(1,),
+        lag_kept=none,
+        lag_pairs=none[0],
+        held=none,
+        held_windows=none[0],
+        top_k=[1],
+        layers=[0],
+    )
+
+
+def test_intervals_hold_what_other_requests_would_give() -> None:
+    """Requests have shares of their own, far apart: tokens alone would make the interval too short."""
+    rng = np.random.default_rng(24)
+    pairs, holds, short = np.full(16, 5000), 0, 0
+    for _ in range(200):
+        own = rng.beta(2, 2, 16)
+        found = of_splits(rng.binomial(pairs, own), rng.binomial(pairs, own), pairs, np.array([40008, 40008]))
+        holds += bool(found.kept_interval[0] < 0.5 < found.kept_interval[1])
+        short += bool(found.order_interval[0] < 0 < found.order_interval[1])
+        np.testing.assert_allclose(
+            found.request_interval, found.kept_interval - found.order_interval.mean() - 0.5, atol=0.01
+        )
+    assert 0.9 < holds / 200 < 0.99
+    assert 0.9 < short / 200 < 0.99
+    few = of_splits(pairs[:2] // 2, pairs[:2] // 2, pairs[:2], np.array([5001, 5001]))
+    assert np.isnan([few.kept_interval, few.order_interval, few.request_interval]).all()
+    assert few.kept[0] == 0.5
 
 
 def test_one_token_has_nothing_to_repeat() -> None:
@@ -148,6 +186,18 @@ def test_random_pairing_has_the_chance_that_is_taken_off() -> None:
     assert abs(np.mean(information)) < 0.1 * draws[0].bias[0, 1]
 
 
+@pytest.mark.parametrize(("experts", "k", "skew"), [(64, 1, 1.5), (32, 4, 0.7)])
+def test_sparse_pairs_of_experts_tell_nothing_by_chance(experts: int, k: int, skew: float) -> None:
+    rng = np.random.default_rng(21)
+    informed, bias = [], []
+    for _ in range(10):
+        chosen = np.stack([deal(rng, 300, experts, k, skew) for _ in range(2)], axis=1)
+        found = layer_agreement(chosen, [k, k], [experts] * 2, [0, 1])
+        informed.append(found.information[0, 1])
+        bias.append(found.bias[0, 1])
+    assert abs(np.mean(informed)) < 0.1 * np.mean(bias)
+
+
 def test_a_layer_that_copies_another_is_found_whatever_its_experts_are_called() -> None:
     rng = np.random.default_rng(4)
     one = deal(rng, 2000, 12, 3)
@@ -159,6 +209,28 @@ def test_a_layer_that_copies_another_is_found_whatever_its_experts_are_called() 
     np.testing.assert_allclose(found.information[0, 1], found.information[0, 2], atol=1e-9)
     assert np.nanmax(np.abs(found.explained[3])) < 0.01
     assert abs(found.overlap[0, 3] - found.overlap_chance[0, 3]) < 0.02
+
+
+def test_the_same_index_is_sure_over_requests_not_tokens() -> None:
+    """Each request has a favourite in each layer, drawn apart: many tokens agree or not at all, by luck."""
+    rng = np.random.default_rng(25)
+    splits = np.repeat(np.arange(12, dtype=np.uint8), 40)
+    holds = 0
+    for _ in range(60):
+        chosen = rng.integers(0, 4, (12, 2, 1)).astype(np.uint8)[splits]
+        found = layer_agreement(chosen, [1, 1], [4, 4], [0, 1], splits=splits)
+        beyond, reach = excess_by_distance(found, [1])
+        holds += bool(abs(beyond[0]) < reach[0])
+    assert holds >= 51
+    copied = chosen.repeat(2, axis=1)[:, :2]
+    beyond, reach = excess_by_distance(layer_agreement(copied, [1, 1], [4, 4], [0, 1], splits=splits), [1, 2])
+    assert beyond[0] > 2 * reach[0]
+    assert np.isnan(beyond[1])
+    without = layer_agreement(chosen, [1, 1], [4, 4], [0, 1], splits=splits).overlap_without[3]
+    rest = layer_agreement(chosen[splits != 3], [1, 1], [4, 4], [0, 1])
+    np.testing.assert_allclose(without[0, 1], (rest.overlap - rest.overlap_chance)[0, 1])
+    one = excess_by_distance(layer_agreement(chosen, [1, 1], [4, 4], [0, 1]), [1])
+    assert np.isnan(one[1]).all()
 
 
 def test_information_reaches_its_ceiling_where_sets_do_not_overlap() -> None:
@@ -220,6 +292,26 @@ def test_the_bias_of_ids_is_that_of_random_ids() -> None:
     assert abs(np.mean(biased)) < 0.05 * found.bias[0]
 
 
+def test_many_experts_and_rare_ids_tell_nothing_by_chance() -> None:
+    rng = np.random.default_rng(20)
+    popular = np.arange(1, 101) ** -1.0
+    found = []
+    for _ in range(8):
+        ids = rng.choice(100, 600, p=popular / popular.sum())
+        chosen = np.stack([deal(rng, 600, 64, 4), deal(rng, 600, 64, 4, 1.5)], axis=1)
+        counts, occurrences, tokens = by_id(chosen, ids, 64)
+        found.append(
+            vocabulary_use(counts, occurrences, tokens, tally(chosen, 64), 600, [4, 4], [64, 64], [0, 1], most=500)
+        )
+    assert np.abs(np.mean([use.decided for use in found], axis=0)).max() < 0.015
+    rare = [use.specificity[use.occurrences < 5].mean(axis=0) for use in found]
+    assert np.abs(np.mean(rare, axis=0)).max() < 0.05 * found[0].specificity_floor[-1].min()
+    every = [one for use in found for one in use.specific]
+    assert len(every) > 20
+    assert abs(np.mean([one.bits for one in every])) < 0.05 * np.mean([one.bias for one in every])
+    assert sum(any(one.clear for one in use.specific) for use in found) <= 2
+
+
 def test_a_single_id_tells_nothing() -> None:
     chosen = deal(np.random.default_rng(11), 5, 4, 2)[:, None]
     counts, occurrences, tokens = by_id(chosen, np.zeros(5, int), 4)
@@ -246,6 +338,17 @@ def test_a_random_order_settles_along_its_floor() -> None:
     r = [np.corrcoef(part)[0, 1] for part in share]
     assert np.isclose(found.correlation[0], abs(r[0] - r[1]))
     assert found.dead.tolist() == [int((part == 0).sum()) for part in parts.cumsum(0)[[0, 2, 3]]]
+
+
+def test_few_tokens_of_many_experts_settle_along_their_floor() -> None:
+    rng = np.random.default_rng(22)
+    chosen = deal(rng, 1000, 64, 1, 1.5)[:, None]
+    draws = []
+    for _ in range(60):
+        parts = np.stack([tally(part, 64) for part in np.split(chosen[rng.permutation(1000)], [10, 100])])
+        found = settling(parts, np.array([10, 90, 900]), np.ones(3, int), [1], [64], [0])
+        draws.append(found.distance[:, 0])
+    np.testing.assert_allclose(np.mean(draws, axis=0), found.floor[:, 0], rtol=0.06)
 
 
 def test_the_floor_is_what_random_groups_have() -> None:
@@ -280,6 +383,18 @@ def test_the_floor_is_the_mean_over_all_ways_to_deal_tokens(monkeypatch: pytest.
     np.testing.assert_allclose(divergence_floor(many, [4], 1000, 3000, [20]), exact, rtol=0.02)
 
 
+@pytest.mark.parametrize("copies", [1, 6])
+def test_random_groups_are_seldom_clear(copies: int) -> None:
+    rng = np.random.default_rng(23)
+    alarms = 0
+    for _ in range(60):
+        chosen = deal(rng, 1200, 8, 2)[:, None].repeat(copies, axis=1)
+        parts = np.stack([tally(part, 8) for part in np.split(chosen, 20)])
+        found = token_groups(parts, np.full(20, 60), np.arange(20) * 60, [2] * copies, [8] * copies, range(copies))
+        alarms += bool((found.from_rest.mean(axis=1) / found.rest_floor.mean(axis=1)).max() > found.clear)
+    assert alarms <= 6
+
+
 def test_a_group_that_is_routed_otherwise_stands_out() -> None:
     rng = np.random.default_rng(14)
     chosen = deal(rng, 900, 16, 2)[:, None]
@@ -293,7 +408,7 @@ def test_a_group_that_is_routed_otherwise_stands_out() -> None:
         [0],
     )
     ratio = found.from_before[:, 0] / found.before_floor[:, 0]
-    assert ratio[1] > 10
+    assert ratio[1] > max(10, found.clear)
     assert ratio[2] < 3
     p = tally(chosen[:300], 16)[0] / 600
     assert np.isclose(found.entropy[0, 0], -(p[p > 0] * np.log2(p[p > 0])).sum() / 4)

@@ -83,7 +83,18 @@ def test_random_routing_is_at_chance_everywhere(random: TraceAnalysis) -> None:
     for groups in (random.position, random.time):
         ratio = finite_mean(groups.from_rest, 1)[3:] / finite_mean(groups.rest_floor, 1)[3:]
         assert ratio.max() < 2.5
+    text = " ".join(trace_findings(random))
+    for words in (
+        "No layer tells more of another than chance may",
+        "No expert has token ids of its own beyond chance. No id has experts of its own.",
+        "The first token of a request is routed",
+        "chance: no more than so few tokens bring.",
+        "no more than chance may, at any distance",
+    ):
+        assert words in text
     assert "no more than the order of tokens brings" in trace_findings(random)[-1]
+    assert repeated.order_interval[0] < 0 < repeated.order_interval[1]
+    assert repeated.request_interval[0] < 0 < repeated.request_interval[1]
 
 
 def test_what_was_planted_is_found(found: TraceAnalysis) -> None:
@@ -103,7 +114,9 @@ def test_findings_have_their_numbers_with_chance_beside_them(found: TraceAnalysi
     text = " ".join(trace_findings(found))
     repeated, vocabulary = found.repetition, found.vocabulary
     for words in (
-        f"A token keeps {repeated.kept.mean():.1%} of the experts of the token before it, mean of 4 layers, from",
+        f"A token keeps {repeated.kept.mean():.1%} of the experts of the token before it, mean of 4 layers "
+        f"(95% interval "
+        f"{repeated.kept_interval[0]:.1%} to {repeated.kept_interval[1]:.1%}), from",
         f"to {repeated.kept.max():.1%} in layer 0; by chance, any two tokens of the trace share "
         f"{repeated.chance.mean():.1%}, two of one request {repeated.within.mean():.1%}.",
         f"An expert stays for {repeated.run.mean():.2f} tokens, by chance {repeated.run_chance.mean():.2f}",
@@ -115,7 +128,24 @@ def test_findings_have_their_numbers_with_chance_beside_them(found: TraceAnalysi
         "In the longest request (2; 500 tokens), windows of 32 tokens",
     ):
         assert words in text
-    assert trace_notes(found) == []
+    assert [note[:35] for note in trace_notes(found)] == ["These are the tokens of 3 request(s)"[:35]]
+    assert trace_notes(replace(found, requests=30)) == []
+
+
+def test_order_that_avoids_repeating_is_not_called_no_order(tmp_path: Path) -> None:
+    def alternating(rows: TraceRows, rng: np.random.Generator) -> None:
+        rows.experts[:] = (rows.position[:, None, None] % 4) * 2 + np.arange(2, dtype=np.uint32)
+
+    text = " ".join(trace_findings(traced(tmp_path / "t", lengths=(200,) * 4, edit=alternating)))
+    assert "A token keeps 0.0%" in text
+    assert "leaves no trace" not in text
+    assert re.search(r"-2[45]\.\d points .* from standing next to each other", text)
+
+
+def test_what_few_requests_cannot_say_is_said(tmp_path: Path) -> None:
+    text = " ".join(trace_findings(traced(tmp_path / "t", lengths=(300, 200))))
+    assert "From so few requests, how sure this is cannot be said" in text
+    assert "leaves no trace" not in text
 
 
 def test_one_position_stands_and_several_stand(tmp_path: Path) -> None:
@@ -132,7 +162,8 @@ def test_one_position_stands_and_several_stand(tmp_path: Path) -> None:
 def test_what_rests_on_a_part_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moescope.profiler.trace_sums.ANCHORS", 100)
     analysis = traced(tmp_path / "t", pair_tokens=120, requests=[0, 1])
-    chosen, pairs, anchors = trace_notes(analysis)
+    few, chosen, pairs, anchors = trace_notes(analysis)
+    assert "2 request(s)" in few
     assert "Requests were chosen by number" in chosen
     assert "120 tokens spread evenly over the trace (17.1%)" in pairs
     assert f"{analysis.anchors:,} tokens drawn at random" in anchors
