@@ -51,11 +51,6 @@ def minute(created: str) -> str:
         return created
 
 
-def counted(count: int, thing: str) -> str:
-    """`1 expert`, `1,200 experts`."""
-    return f"{count:,} {thing}" + ("" if count == 1 else "s")
-
-
 def signed(value: float) -> str:
     """Three decimals with a sign, without a negative zero."""
     return f"{round(value, 3) + 0.0:+.3f}"
