@@ -128,7 +128,7 @@ def test_findings_have_their_numbers_with_chance_beside_them(found: TraceAnalysi
         "In the longest request (2; 500 tokens), windows of 32 tokens",
     ):
         assert words in text
-    assert [note[:35] for note in trace_notes(found)] == ["These are the tokens of 3 request(s)"[:35]]
+    assert [note[:35] for note in trace_notes(found)] == ["These are the tokens of 3 requests."]
     assert trace_notes(replace(found, requests=30)) == []
 
 
@@ -163,7 +163,7 @@ def test_what_rests_on_a_part_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("moescope.profiler.trace_sums.ANCHORS", 100)
     analysis = traced(tmp_path / "t", pair_tokens=120, requests=[0, 1])
     few, chosen, pairs, anchors = trace_notes(analysis)
-    assert "2 request(s)" in few
+    assert "2 requests" in few
     assert "Requests were chosen by number" in chosen
     assert "120 tokens spread evenly over the trace (17.1%)" in pairs
     assert f"{analysis.anchors:,} tokens drawn at random" in anchors
