@@ -52,8 +52,8 @@ def trace_notes(analysis: TraceAnalysis) -> list[str]:
     if analysis.requests < FEW_REQUESTS:
         notes.append(
             f"These are the tokens of {counted(analysis.requests, 'request')}. Chance levels of layers, token ids, "
-            "settling and position take tokens as independent draws, which those of one request are not: with so few, what is "
-            "beyond chance holds for these requests, and need not for others."
+            "settling and position take tokens as independent draws, which those of one request are not: with so few, "
+            "what is beyond chance holds for these requests, and need not for others."
         )
     if analysis.chosen:
         notes.append("Requests were chosen by number: all numbers are those of these requests.")
