@@ -219,6 +219,8 @@ def main() -> int:
             sums(options.peak, PassSettings(deltas=SHOWN, pairs=((0, 1),)))
         print(sampler.peak)
         return 0
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         layers, repetitions = (QUICK_LAYERS, 2) if options.quick else (LAYERS, options.repetitions)
         rows = measure(Path(folder), layers, repetitions)
