@@ -280,9 +280,8 @@ def _tracing(
     engine: Any, load: Load, switch: Callable[[bool], None], folder: Path | None, name: str
 ) -> Iterator[dict[str, Any]]:
     """Record what runs inside into a trace, or nothing; what is not exact in the end fails."""
-    from moescope.profiler.profile import RunInfo
-    from moescope.profiler.trace import TraceAbout
     from moescope.profiler.trace_writer import TraceOptions, TraceWriter
+    from tests.gpu.shapes import trace_about
 
     at: dict[str, Any] = {}
     switch(folder is not None)
@@ -290,9 +289,7 @@ def _tracing(
         yield at
         return
     weights = name != "ids"
-    settings = {"seed": 0}
-    run = RunInfo("run", "2026-01-01T00:00:00", engine.info, 0, PROMPTS, "00", settings, complete=False)
-    about = TraceAbout(engine.model, tuple(f"{i:02}" for i in range(DOMAINS)), run, "0", weights)
+    about = trace_about(engine, DOMAINS, PROMPTS, weights=weights)
     with TraceWriter(about, TraceOptions(folder, weights=weights, force=True)) as writer:
         engine.trace(writer)
         load.traced = True

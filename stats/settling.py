@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.comparison import distances
-from moescope.stats.layout import check_ascending, padding_mask
+from moescope.stats.layout import by_layer_rows, check_groups, padding_mask
 from moescope.stats.pairwise import pairwise_pearson
 from moescope.stats.token_sets import choice_shares, settling_floor
 
@@ -60,9 +60,7 @@ def settling(
     Raises:
         ValueError: if shapes disagree or layers do not ascend.
     """
-    if counts.ndim != 3 or len(counts) != len(tokens) or counts.shape[1] != len(layers):
-        raise ValueError(f"got counts of shape {counts.shape} for {len(tokens)} parts, {len(layers)} layers")
-    check_ascending(layers)
+    check_groups(counts, tokens, layers, "parts")
     there = tokens > 0
     sums = counts[there].cumsum(axis=0)
     so_far = tokens[there].cumsum()
@@ -75,8 +73,8 @@ def settling(
         layers=tuple(int(layer) for layer in layers),
         tokens=so_far,
         requests=requests[there].cumsum(),
-        distance=_rows([distances(part, whole, experts).jensen_shannon for part in sums], len(layers)),
-        floor=_rows([*floor, *[np.zeros(len(layers))] * min(len(so_far), 1)], len(layers)),
+        distance=by_layer_rows([distances(part, whole, experts).jensen_shannon for part in sums], len(layers)),
+        floor=by_layer_rows([*floor, *[np.zeros(len(layers))] * min(len(so_far), 1)], len(layers)),
         dead=((sums == 0) & ~padding_mask(experts, counts.shape[2])).sum(axis=(1, 2)),
         correlation=np.array([_difference(part, reference, experts, pairs) for part in sums]),
     )
@@ -92,7 +90,3 @@ def _difference(
     differences = (pairwise_pearson(choice_shares(part, experts), experts) - reference)[pairs]
     finite = differences[np.isfinite(differences)]
     return float(np.sqrt(np.square(finite).mean())) if finite.size else float("nan")
-
-
-def _rows(rows: Sequence[NDArray[np.float64]], width: int) -> NDArray[np.float64]:
-    return np.array(rows, np.float64).reshape(-1, width)

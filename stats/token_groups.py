@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.stats.comparison import distances
-from moescope.stats.layout import check_ascending
+from moescope.stats.layout import by_layer_rows, check_groups
 from moescope.stats.token_sets import choice_shares, clear_ratio, divergence_floor, entropy_bits
 
 
@@ -62,9 +62,7 @@ def token_groups(
     Raises:
         ValueError: if shapes disagree or layers do not ascend.
     """
-    if counts.ndim != 3 or len(counts) != len(tokens) or counts.shape[1] != len(layers):
-        raise ValueError(f"got counts of shape {counts.shape} for {len(tokens)} groups, {len(layers)} layers")
-    check_ascending(layers)
+    check_groups(counts, tokens, layers, "groups")
     whole, every = counts.sum(axis=0), int(tokens.sum())
     used = (whole > 0).sum(axis=1)
     width, sizes = np.asarray(experts, np.float64), tokens.tolist()
@@ -80,13 +78,9 @@ def token_groups(
         starts=starts,
         tokens=tokens,
         entropy=entropy_bits(choice_shares(counts, experts)) / np.where(width > 1, np.log2(width), np.nan),
-        from_rest=_rows([distances(own, whole - own, experts).jensen_shannon for own in counts], len(layers)),
-        rest_floor=_rows([floors[size] for size in sizes], len(layers)),
-        from_before=_rows([*missing, *from_before], len(layers)),
-        before_floor=_rows([*missing, *before_floor], len(layers)),
+        from_rest=by_layer_rows([distances(own, whole - own, experts).jensen_shannon for own in counts], len(layers)),
+        rest_floor=by_layer_rows([floors[size] for size in sizes], len(layers)),
+        from_before=by_layer_rows([*missing, *from_before], len(layers)),
+        before_floor=by_layer_rows([*missing, *before_floor], len(layers)),
         clear=clear_ratio(max(float(np.min(used / np.asarray(top_k))) - 1, 1.0), len(sizes)),
     )
-
-
-def _rows(rows: Sequence[NDArray[np.float64]], width: int) -> NDArray[np.float64]:
-    return np.array(rows, np.float64).reshape(-1, width)

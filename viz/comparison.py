@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from moescope.stats.activation import Measure
 from moescope.stats.comparison import LEVEL
+from moescope.stats.pairwise import finite_mean
 from moescope.viz import theme
 from moescope.viz.activation import COLOUR_PERCENTILE, NAMES
 from moescope.viz.comparison_data import (
     ComparedPair,
     EveryDistance,
     layer_p_values,
-    mean_over_layers,
     moved_p_values,
     ratio_in_words,
 )
@@ -127,8 +127,8 @@ def distance_matrix(every: EveryDistance, measure: Measure, subject: str = "") -
     both = [[(_label(row), _label(column)) for column in every.names] for row in every.names]
     matrices = []
     for view in views:
-        mean = mean_over_layers(getattr(every.between, view))
-        np.fill_diagonal(mean, mean_over_layers(getattr(every.within, view)))
+        mean = finite_mean(getattr(every.between, view), -1)
+        np.fill_diagonal(mean, finite_mean(getattr(every.within, view), -1))
         matrices.append(mean)
     if not np.isfinite(matrices[0]).any():
         return theme.say_no_data(figure, NO_TOKENS)

@@ -186,14 +186,6 @@ def moved_p_values(pair: ComparedPair) -> list[float]:
     return [float(pair.change.p_corrected[row[move.layer], move.expert]) for move in pair.result.moved]
 
 
-def mean_over_layers(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of the defined values along the last axis; NaN where there is none."""
-    defined = np.isfinite(values)
-    number = defined.sum(axis=-1)
-    total = np.where(defined, values, 0.0).sum(axis=-1)
-    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
-
-
 def ratio_in_words(ratio: float) -> str:
     """After over before, such as `× 2.50`; `new` where there was nothing before."""
     return "new" if math.isinf(ratio) else f"× {ratio:.2f}"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moescope import __version__
 from moescope.stats.comparison import LEVEL, Change, Distances, ExpertMove, WithinRun
+from moescope.stats.pairwise import finite_mean
 from moescope.viz.activation import NAMES
 from moescope.viz.comparison import difference_heatmap, distance_lines, distance_matrix, moved_bars
 from moescope.viz.comparison_data import (
@@ -21,7 +22,6 @@ from moescope.viz.comparison_data import (
     EveryDistance,
     Side,
     layer_p_values,
-    mean_over_layers,
     moved_p_values,
     ratio_in_words,
 )
@@ -166,7 +166,7 @@ def findings(data: ComparisonData) -> list[str]:
 
 def every_finding(every: EveryDistance) -> list[str]:
     """Which two of more than two lie closest together, and which furthest apart; nothing where that is not known."""
-    mean = mean_over_layers(every.between.jensen_shannon)
+    mean = finite_mean(every.between.jensen_shannon, -1)
     first, second = np.triu_indices(len(every.names), 1)
     known = np.isfinite(mean[first, second])
     if len(every.names) < 3 or known.sum() < 2:
@@ -385,7 +385,7 @@ def _every_data(every: EveryDistance) -> dict[str, Any]:
         "names": every.names,
         **{
             key: {
-                "mean": mean_over_layers(getattr(every.between, name)),
+                "mean": finite_mean(getattr(every.between, name), -1),
                 "by_layer": getattr(every.between, name),
                 "between_halves": getattr(every.within, name),
             }

@@ -125,17 +125,49 @@ def page_text(page: Page) -> str:
     }
     body = [_head(page), *(_section(section, bool(page.domains)) for section in page.sections)]
     body += [_table(f"table-{place}", *table) for place, table in enumerate(page.tables)]
-    return Template(asset("report.html")).substitute(
-        title=_text(page.title),
-        subject=_text(page.subject),
-        css=asset("report.css"),
+    return whole_page(
+        page.title,
+        page.subject,
         controls=_domain_select(page.domains),
+        css=asset("report.css"),
         body="\n".join(body),
-        footer=_text(page.footer),
-        data=script_json(data),
-        library=LIBRARY,
-        script=asset("report.js"),
+        footer=page.footer,
+        scripts=_SCRIPTS.substitute(data=script_json(data), library=LIBRARY, script=page_script("report.js")),
     )
+
+
+def whole_page(title: str, subject: str, *, css: str, body: str, footer: str, scripts: str, controls: str = "") -> str:
+    """A page in the common frame: a bar with the subject and the button for light and dark, the body, a footer.
+
+    Args:
+        title: its title, any text.
+        subject: what it is about, any text.
+        css: its styles.
+        body: HTML between bar and footer.
+        footer: any text.
+        scripts: HTML of its script elements; one holds `page_script`.
+        controls: HTML in the bar, before the button.
+    """
+    return Template(asset("page.html")).substitute(
+        title=escaped(title),
+        subject=escaped(subject),
+        css=css,
+        controls=controls,
+        body=body,
+        footer=escaped(footer),
+        scripts=scripts,
+    )
+
+
+def page_script(name: str) -> str:
+    """Text of a page's script, with what all pages share before it."""
+    return f"{asset('theme.js')}\n{asset(name)}"
+
+
+def sentences(texts: Sequence[str]) -> str:
+    """A list of sentences, any text, as HTML; nothing without any."""
+    items = "\n".join(_ITEM.substitute(text=escaped(text)) for text in texts)
+    return _SENTENCES.substitute(items=items) if items else ""
 
 
 def asset(name: str) -> str:
@@ -143,7 +175,7 @@ def asset(name: str) -> str:
     return files("moescope.viz").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Any text for HTML, in element or attribute: markup escaped, what cannot be printed or turns the line, a space."""
     return escape(theme.printable(text))
 
@@ -197,6 +229,13 @@ $contents
 _VERDICT = Template('<p class="badge $kind">$text</p>')
 _FACT = Template("<div><dt>$label</dt><dd><bdi>$value</bdi></dd></div>")
 _ITEM = Template("<li><bdi>$text</bdi></li>")
+_SENTENCES = Template('<ul class="findings">$items</ul>')
+_SCRIPTS = Template("""\
+<script type="application/json" id="report-data">$data</script>
+<script src="$library"></script>
+<script>
+$script
+</script>""")
 _LINK = Template('<li><a href="$place">$title</a></li>')
 _SECTION = Template("""\
 <section id="$id">
@@ -228,16 +267,15 @@ def _head(page: Page) -> str:
     verdict = ""
     if page.verdict is not None:
         good, text = page.verdict
-        verdict = _VERDICT.substitute(kind={True: "good", False: "bad", None: "plain"}[good], text=_text(text))
-    notes = "\n".join(_ITEM.substitute(text=_text(note)) for note in page.notes)
+        verdict = _VERDICT.substitute(kind={True: "good", False: "bad", None: "plain"}[good], text=escaped(text))
     return _HEAD.substitute(
-        title=_text(page.title),
+        title=escaped(page.title),
         verdict=verdict,
-        facts="\n".join(_FACT.substitute(label=_text(label), value=_text(value)) for label, value in page.facts),
-        notes=Template('<ul class="findings">$items</ul>').substitute(items=notes) if notes else "",
+        facts="\n".join(_FACT.substitute(label=escaped(label), value=escaped(value)) for label, value in page.facts),
+        notes=sentences(page.notes),
         scope=" (all domains together)" if page.domains else "",
-        findings="\n".join(_ITEM.substitute(text=_text(finding)) for finding in page.findings),
-        contents="\n".join(_LINK.substitute(place=_text(place), title=_text(title)) for place, title in places),
+        findings="\n".join(_ITEM.substitute(text=escaped(finding)) for finding in page.findings),
+        contents="\n".join(_LINK.substitute(place=escaped(place), title=escaped(title)) for place, title in places),
     )
 
 
@@ -252,12 +290,12 @@ def _section(section: Section, with_domains: bool) -> str:
     varies = bool(section.variants) or section.of is not None
     return _SECTION.substitute(
         id=section.id,
-        title=_text(section.title),
-        how=_text(section.how),
+        title=escaped(section.title),
+        how=escaped(section.how),
         controls=controls,
         varies="1" if varies and with_domains else "0",
         height=section.height,
-        alone=_ALONE.substitute(page=_text(section.page)) if section.page else "",
+        alone=_ALONE.substitute(page=escaped(section.page)) if section.page else "",
     )
 
 
@@ -269,15 +307,15 @@ def _domain_select(domains: Sequence[str]) -> str:
 
 def _select(name: str, label: str, options: Sequence[tuple[str, str]]) -> str:
     most = LONGEST_OPTION if name == "domain" else LONGEST_VIEW
-    made = "".join(_OPTION.substitute(value=value, text=_text(theme.clip(text, most))) for value, text in options)
+    made = "".join(_OPTION.substitute(value=value, text=escaped(theme.clip(text, most))) for value, text in options)
     return _SELECT.substitute(id=name, label=label, options=made)
 
 
 def _table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> str:
     return _TABLE.substitute(
         id=name,
-        title=_text(title),
-        columns="".join(Template("<th>$text</th>").substitute(text=_text(column)) for column in columns),
+        title=escaped(title),
+        columns="".join(Template("<th>$text</th>").substitute(text=escaped(column)) for column in columns),
         rows="\n".join(_ROW.substitute(cells="".join(_cell(value) for value in row)) for row in rows),
     )
 
@@ -285,4 +323,4 @@ def _table(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequenc
 def _cell(value: str | int) -> str:
     if isinstance(value, int):
         return _CELL.substitute(kind=' class="number"', text=f"{value:,}")
-    return _CELL.substitute(kind="", text=_text(value))
+    return _CELL.substitute(kind="", text=escaped(value))

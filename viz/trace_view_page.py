@@ -3,7 +3,6 @@
 import base64
 import gzip
 from functools import cache
-from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any, Final
@@ -15,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from moescope import __version__
 from moescope.viz import theme
 from moescope.viz.activation import COLOUR_PERCENTILE
-from moescope.viz.page import asset, packed, script_json
+from moescope.viz.page import asset, escaped, packed, page_script, script_json, sentences, whole_page
 from moescope.viz.pages import CONFIG, write_text
 from moescope.viz.surface import CAMERA, MOST_EXPERTS
 from moescope.viz.token_text import visible
@@ -44,6 +43,14 @@ OUTER: Final = (1.0, 99.0)
 """Percentiles of all tokens and layers at which the colours of surprisal end."""
 
 
+_SCRIPTS: Final = Template("""\
+<script type="application/json" id="view-data">$data</script>
+<script type="text/plain" id="library">$library</script>
+<script>
+$script
+</script>""")
+
+
 def write_trace_view(view: TraceView, path: Path | str) -> Path:
     """Write the page: about 2 MB, and less than 2 bytes or, with weights, 4 for each expert of a token (E up to 256).
 
@@ -65,23 +72,25 @@ def write_trace_view(view: TraceView, path: Path | str) -> Path:
 
 def trace_view_text(view: TraceView) -> str:
     """The page as HTML."""
-    remarks = [*view.remarks, *_left_out(view)]
-    items = "\n".join(Template("<li><bdi>$text</bdi></li>").substitute(text=_html(remark)) for remark in remarks)
-    return Template(asset("trace_view.html")).substitute(
-        title=_html(f"Token routing of {short_name(view.model_id)}"),
-        subject=_html(_subject(view)),
-        remarks=Template('<ul class="findings">$items</ul>').substitute(items=items) if items else "",
-        share="share of weight" if view.shares is not None else "",
+    return whole_page(
+        f"Token routing of {short_name(view.model_id)}",
+        _subject(view),
         css="\n".join([asset("report.css"), asset("trace_view.css"), _colour_rules()]),
-        footer=_html(f"moescope {__version__}"),
-        data=script_json(_data(view)),
-        library=_library(),
-        script=asset("trace_view.js"),
+        body=_body(view),
+        footer=f"moescope {__version__}",
+        scripts=_SCRIPTS.substitute(
+            data=script_json(_data(view)), library=_library(), script=page_script("trace_view.js")
+        ),
     )
 
 
-def _html(text: str) -> str:
-    return escape(theme.printable(text))
+def _body(view: TraceView) -> str:
+    return Template(asset("trace_view.html")).substitute(
+        title=escaped(f"Token routing of {short_name(view.model_id)}"),
+        subject=escaped(_subject(view)),
+        remarks=sentences([*view.remarks, *_left_out(view)]),
+        share="share of weight" if view.shares is not None else "",
+    )
 
 
 def _subject(view: TraceView) -> str:

@@ -214,13 +214,11 @@ def _trace(
     engine: Any, requests: list[Any], outputs: list[Any], generation: Any, batch: int, capture: bool, folder: Path
 ) -> dict[str, Any]:
     """A traced batch: every routed token once, in order, with the experts of vLLM's own capture; counts of the run."""
-    from moescope.profiler.profile import RunInfo
-    from moescope.profiler.trace import Trace, TraceAbout, TraceRows
+    from moescope.profiler.trace import Trace, TraceRows
     from moescope.profiler.trace_writer import TraceOptions, TraceWriter
+    from tests.gpu.shapes import trace_about
 
-    settings = {"seed": 0}
-    run = RunInfo("run", "2026-01-01T00:00:00", engine.info, 0, len(requests), "00", settings, complete=False)
-    about = TraceAbout(engine.model, tuple(f"{i:02}" for i in range(DOMAINS)), run, "0", weights=True)
+    about = trace_about(engine, DOMAINS, len(requests), weights=True)
     with TraceWriter(about, TraceOptions(folder, weights=True)) as writer:
         engine.trace(writer)
         try:

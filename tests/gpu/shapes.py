@@ -165,3 +165,12 @@ def write_config(folder: Path, shape: dict[str, Any], **changes: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**_COMMON, **shape, **changes}))
     return str(folder)
+
+
+def trace_about(engine: Any, domains: int, prompts: int, *, weights: bool) -> Any:
+    """What a trace of an engine's batch is of."""
+    from moescope.profiler.profile import RunInfo
+    from moescope.profiler.trace import TraceAbout
+
+    run = RunInfo("run", "2026-01-01T00:00:00", engine.info, 0, prompts, "00", {"seed": 0}, complete=False)
+    return TraceAbout(engine.model, tuple(f"{i:02}" for i in range(domains)), run, "0", weights)

@@ -1,9 +1,7 @@
 "use strict";
 (() => {
   const page = JSON.parse(document.getElementById("report-data").textContent);
-  const root = document.documentElement;
   const domainSelect = document.getElementById("choose-domain");
-  const themeButton = document.getElementById("theme");
   const types = { f4: Float32Array, f8: Float64Array, u2: Uint16Array, u1: Uint8Array, i1: Int8Array,
     i2: Int16Array, i4: Int32Array, u4: Uint32Array };
   const state = { domain: "", dark: false };
@@ -112,18 +110,6 @@
     });
   }
 
-  function setTheme(dark) {
-    state.dark = dark;
-    root.dataset.theme = dark ? "dark" : "light";
-    themeButton.textContent = dark ? "Light" : "Dark";
-    themeButton.setAttribute("aria-pressed", String(dark));
-  }
-
-  themeButton.addEventListener("click", () => {
-    setTheme(!state.dark);
-    try { localStorage.setItem("moescope-theme", state.dark ? "dark" : "light"); } catch (error) { /* from a file, some browsers keep nothing */ }
-    redraw();
-  });
   if (domainSelect) {
     domainSelect.addEventListener("change", () => {
       state.domain = domainSelect.value;
@@ -140,9 +126,10 @@
     if (select) select.addEventListener("change", () => redraw((figure) => figure.of));
   }
 
-  let kept = null;
-  try { kept = localStorage.getItem("moescope-theme"); } catch (error) { kept = null; }
-  setTheme(kept ? kept === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches);
+  state.dark = followTheme((dark) => {
+    state.dark = dark;
+    redraw();
+  });
   if (domainSelect) domainSelect.value = "";
   say();
   drawWhenNear();

@@ -589,21 +589,10 @@
   }, { rootMargin: "200px 0px" }).observe(byId("surface"));
   new ResizeObserver(refresh).observe(strip.parentElement);
 
-  function setTheme(dark) {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    byId("theme").textContent = dark ? "Light" : "Dark";
-    byId("theme").setAttribute("aria-pressed", String(dark));
-  }
-  byId("theme").addEventListener("click", () => {
-    const dark = document.documentElement.dataset.theme !== "dark";
-    setTheme(dark);
-    try { localStorage.setItem("moescope-theme", dark ? "dark" : "light"); } catch (error) { /* from a file, some browsers keep nothing */ }
+  followTheme(() => {
     refresh();
     redrawSpace();
   });
-  let remembered = null;
-  try { remembered = localStorage.getItem("moescope-theme"); } catch (error) { remembered = null; }
-  setTheme(remembered ? remembered === "dark" : window.matchMedia("(prefers-color-scheme: dark)").matches);
 
   byId("text").classList.toggle("ids", !page.texts);
   byId("request").value = "0";
