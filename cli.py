@@ -644,7 +644,7 @@ def merge(
     Example:
       moescope merge monday/profile.safetensors tuesday/profile.safetensors -o both.safetensors
     """
-    from moescope.adapters.vllm_parts import load_serving
+    from moescope.adapters.vllm_runs import load_runs
     from moescope.profiler.files import load_profile, save_profile
     from moescope.profiler.profile import merge as merge_profiles
 
@@ -652,7 +652,7 @@ def merge(
         raise OutputError(f"{output} is not a file that can be replaced; choose another name")
     if output.exists() and not force:
         raise OutputError(f"{output} exists; choose another name, or --force to overwrite")
-    merged = merge_profiles(load_serving(path) if path.is_dir() else load_profile(path) for path in profiles)
+    merged = merge_profiles(load_runs(path) if path.is_dir() else load_profile(path) for path in profiles)
     save_profile(merged, output)
     typer.echo(f"Wrote {output}: {len(merged.runs)} runs, {merged.tokens:,} tokens")
 

@@ -70,8 +70,7 @@ def choose_engine(model: Any, options: Mapping[str, Any]) -> str:
         return "transformers"
     if options.get("device", "auto") not in ("auto", "cuda"):
         return "transformers"
-    from moescope.adapters.vllm import vllm_version
-    from moescope.adapters.vllm_plugin import loads_plugin, supported
+    from moescope.adapters.vllm_plugin import loads_plugin, supported, vllm_version
 
     version = vllm_version()
     if version is None or not supported(version) or not loads_plugin():

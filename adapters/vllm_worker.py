@@ -5,14 +5,12 @@ its rows are counted once, by position, so that recomputed tokens, rejected draf
 do not count.
 """
 
-import contextlib
 import os
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,25 +20,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.adapters.vllm_ledger import NOTE, Note
-from moescope.adapters.vllm_parts import Part, refuse_results, save_part, save_serving
+from moescope.adapters.vllm_parts import REMARKS, Part, save_part
 from moescope.adapters.vllm_routing import find_layers, stage
-from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRACE_KEY, TRIGGER_NAME, VERIFY_KEY, Settings
+from moescope.adapters.vllm_runs import claim, error_path, rank_name
+from moescope.adapters.vllm_saver import Savable, Saver
+from moescope.adapters.vllm_settings import (
+    DEFAULT_DOMAIN,
+    DOMAIN_KEY,
+    OTHER_DOMAIN,
+    SPLIT_KEY,
+    TRACE_KEY,
+    VERIFY_KEY,
+    Settings,
+    is_domain_name,
+    log,
+    trigger_path,
+)
 from moescope.adapters.vllm_trace import TraceSender
-from moescope.profiler.errors import InvariantError, ModelError, MoescopeError
+from moescope.profiler.errors import InvariantError, ModelError
 from moescope.profiler.fingerprint import router_fingerprint
-from moescope.profiler.run import SAVE_EVERY, timestamp
-from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, Placed, StagedRecorder, cell_of
+from moescope.profiler.run import timestamp
+from moescope.profiler.snapshots import Snapshots
+from moescope.profiler.staged import PREFILL, SAMPLE_SHARE, Copied, Placed, StagedRecorder, StagedSums, cell_of
 from moescope.profiler.tokens import SPLITS, split_of
 
 _SHARES: Final = {"off": 0.0, "sample": SAMPLE_SHARE, "all": 1.0}
-#: Seconds between two looks at whether there is something to save; after which an engine is idle; and between two
-#: saves of an idle engine.
-_POLL: Final = 0.5
-_IDLE: Final = 1.0
-_BETWEEN: Final = 5.0
-#: Name of the domain of requests that name none, and of those that come when no more domains fit.
-_DEFAULT_DOMAIN: Final = "default"
-_OTHER_DOMAIN: Final = "other"
+#: Steps, at most, that wait for the scheduler's word; no engine runs as far ahead.
+_MOST_OPEN: Final = 256
+#: Cell of the rows of a request that is left out: neither phase of it counts.
+_LEFT_OUT: Final = -2 * SPLITS
 
 
 @dataclass(slots=True)
@@ -75,6 +83,18 @@ class _Steady:
     counted: int = 0  # steps
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What belongs to a snapshot."""
+
+    counted: int
+    domains: tuple[str, ...]
+    requests: int
+    remarks: dict[str, int]
+    ended: str | None
+    time_ns: int
+
+
 @dataclass(slots=True)
 class _Table:
     """What is known of the requests in flight, by slot."""
@@ -88,13 +108,14 @@ class _Table:
     floor: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # …and these are certain
     counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     whole: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # recorded from its first token
+    outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # left out
     trace: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # its number; negative: not traced
 
     def add(self, request_id: str) -> int:
         if not self.free:
             size = len(self.prompt)
             grown = max(64, size)
-            for name in ("prompt", "base", "start", "done", "floor", "counted", "whole", "trace"):
+            for name in ("prompt", "base", "start", "done", "floor", "counted", "whole", "outside", "trace"):
                 column = getattr(self, name)
                 setattr(self, name, np.concatenate([column, np.zeros(grown, column.dtype)]))
             self.free = list(range(size + grown - 1, size - 1, -1))
@@ -121,8 +142,6 @@ class WorkerRecorder:
         _refuse(config)
         self._runner = worker.model_runner
         self.rank = _rank(parallel)
-        if settings.serving:
-            refuse_results(Path(settings.folder), self._name)
         self._layers = find_layers(self._runner.get_model())
         self._table = _Table()
         self._steps: deque[_Step] = deque()
@@ -138,19 +157,27 @@ class WorkerRecorder:
         self._trace: TraceSender | None = None
         self._error: str | None = None
         self._requests = 0
-        self._skipped = 0
+        self._remarks = dict.fromkeys(REMARKS, 0)
         self._counted = 0  # steps
         self._verified: dict[str, list[tuple[NDArray[np.int64], Tensor]]] = {}
-        self._domains: list[str] = [] if settings.serving else [str(i) for i in range(settings.domains)]
+        # a server keeps room for names that it knows before a client brings others
+        self._domains = [DEFAULT_DOMAIN, *settings.reserved][: settings.domains]
         self._description = _describe(config)
-        self._run = str(uuid.uuid4())
         self._created = timestamp()
         self._fingerprint: str | None = None
         self._lock = threading.Lock()
         self._saver: Saver | None = None
+        self._snapshots: Snapshots | None = None
+        self._path = Path()
+        self._believed = True
         self.recorder: StagedRecorder | None = None
         if self._layers:
             self.recorder = self._bind(config)
+        if settings.serving and self.recorder is not None and self.rank["writes"]:
+            self._snapshots = Snapshots(self.recorder)
+            self._path = claim(Path(settings.folder), settings.run, self.rank)
+            self._take()
+            self._write()  # that this rank is there, and that the folder can be written
 
     def _bind(self, config: Any) -> StagedRecorder:
         scheduler = config.scheduler_config
@@ -189,18 +216,27 @@ class WorkerRecorder:
         """MoE layers of this worker."""
         return len(self._layers)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are reserved on the device."""
+        snapshots = 0 if self._snapshots is None else self._snapshots.nbytes
+        return snapshots + (0 if self.recorder is None else self.recorder.nbytes)
+
     def arm(self) -> None:
         """The engine has warmed up and captured its graphs: from now on, forwards are real."""
         self._armed = True
-        if self.settings.serving:
-            self._saver = Saver(self.save, lambda: self._counted, Path(self.settings.folder, TRIGGER_NAME))
+        snapshots = self._snapshots
+        if snapshots is not None:
+            source = Savable(
+                lambda: self._counted, lambda: snapshots.waiting, self._take_if_idle, self._write, self._end
+            )
+            self._saver = Saver(source, trigger_path(self.settings), error_path(self._path), log())
 
     def close(self) -> None:
         """The worker shuts down; a server saves once more."""
         if self._saver is not None:
             self._saver.close()
             self._saver = None
-            self.save()
 
     # around every step of the worker
 
@@ -222,18 +258,48 @@ class WorkerRecorder:
             try:
                 method(*arguments)
             except Exception as error:  # whatever it is, the engine must not die of it
-                self._error = self._error or f"the recorder failed: {type(error).__name__}: {error}"
+                self._fail(f"the recorder failed: {type(error).__name__}: {error}")
+
+    def _fail(self, reason: str, *, believed: bool = True) -> None:
+        """Nothing is counted from here on; a command refuses what was counted.
+
+        Args:
+            reason: Why.
+            believed: Whether a server may keep what was counted before; else it keeps what it has saved.
+        """
+        if self._error is not None:
+            return
+        self._error, self._believed = reason, believed
+        self._steps.clear()
+        self._closing.clear()
+        self._steady = None
+        self._counted += 1  # news for the saver
+        if self.settings.serving:
+            log().error("moescope: the recording ends: %s", reason)
+
+    def _end(self, reason: str) -> None:
+        """The saver found that what was counted does not add up."""
+        with self._lock:
+            self._fail(reason, believed=False)
 
     def _before(self, output: Any) -> None:
         recorder = self.recorder
-        if recorder is None or not self._armed:
+        if recorder is None or not self._armed or self._error is not None:
             return
         note: Note | None = getattr(output, NOTE, None)
         if note is None:
-            self._error = self._error or "the scheduler sends no notes: the moescope plug-in did not load in the engine"
+            self._fail("the scheduler sends no notes: the moescope plug-in did not load in the engine")
+            return
+        if note.failed is not None:
+            self._fail(note.failed)
             return
         self._limit(note)
         self._settle(note.settled)
+        if note.save:
+            self._take()
+        if len(self._steps) > _MOST_OPEN:
+            self._fail(f"the scheduler has not said for {len(self._steps)} steps how far their requests got")
+            return
         total = output.total_num_scheduled_tokens
         if total:
             self._make_room()
@@ -243,7 +309,7 @@ class WorkerRecorder:
                 self._upcoming = recorder.choose_sample(total) if self._on else self._upcoming[:0]
 
     def _after(self, output: Any) -> None:
-        if self.recorder is None or not self._armed or not hasattr(output, NOTE):
+        if self.recorder is None or not self._armed or self._error is not None or not hasattr(output, NOTE):
             return
         if not output.total_num_scheduled_tokens:
             self._end_steady()
@@ -307,7 +373,7 @@ class WorkerRecorder:
         else:
             lengths = np.array([scheduled[name] for name in order], np.int64)
         if int(lengths.sum()) != total:
-            self._error = self._error or f"a step of {total} tokens has {int(lengths.sum())} rows"
+            self._fail(f"a step of {total} tokens has {int(lengths.sum())} rows")
             return None
         starts = table.start[slots]
         ends = np.cumsum(lengths)
@@ -350,16 +416,20 @@ class WorkerRecorder:
                 continue
             slot = table.add(new.req_id)
             ids = new.prompt_token_ids
-            prompt = len(ids) if ids is not None else len(new.prompt_embeds)
+            outside = new.req_id in getattr(output, NOTE).left_out
             domain, split = self._tags(new)
-            table.prompt[slot] = prompt
-            table.base[slot] = cell_of(domain, PREFILL, split)
+            table.prompt[slot] = len(ids) if ids is not None else len(new.prompt_embeds)
+            table.base[slot] = _LEFT_OUT if outside else cell_of(domain, PREFILL, split)
             table.start[slot] = table.done[slot] = new.num_computed_tokens
             table.floor[slot] = table.counted[slot] = 0
-            table.whole[slot] = True
-            table.trace[slot] = (getattr(new.sampling_params, "extra_args", None) or {}).get(TRACE_KEY, -1)
-            self._requests += 1
-            self._skipped += new.num_computed_tokens
+            table.outside[slot] = outside
+            table.whole[slot] = not outside
+            table.trace[slot] = -1 if self.settings.serving else self._extra(new).get(TRACE_KEY, -1)
+            if outside:
+                self._remarks["left_out_requests"] += 1
+            else:
+                self._requests += 1
+                self._remarks["skipped_by_prefix_cache"] += new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         if cached.req_ids:
             self._place(cached.req_ids, cached.num_computed_tokens, cached.resumed_req_ids)
@@ -376,31 +446,38 @@ class WorkerRecorder:
         # rejected drafts: their places are fed anew
         table.done[slots] = np.maximum(np.minimum(table.done[slots], starts), table.floor[slots])
         # what another request left in the prefix cache is not routed
-        self._skipped += int(np.maximum(starts - table.done[slots], 0).sum())
+        skipped = np.maximum(starts - table.done[slots], 0)[~table.outside[slots]]
+        self._remarks["skipped_by_prefix_cache"] += int(skipped.sum())
         table.done[slots] = np.maximum(table.done[slots], starts)
         table.start[slots] = starts
 
+    @staticmethod
+    def _extra(new: Any) -> dict[str, Any]:
+        """What came with a request beside its sampling."""
+        return getattr(new.sampling_params, "extra_args", None) or {}
+
     def _tags(self, new: Any) -> tuple[int, int]:
-        """Domain and split of a request."""
-        given = getattr(new.sampling_params, "extra_args", None) or {}
+        """Domain and split of a request; of what a client of a server sends, only the name of a domain is read."""
+        given = self._extra(new)
+        if self.settings.serving:
+            ids = np.asarray(new.prompt_token_ids or [], np.int32)
+            return self._domain_named(given.get(DOMAIN_KEY, DEFAULT_DOMAIN)), split_of(ids, self.settings.seed)
         if VERIFY_KEY in given:
             self._verified[new.req_id] = []
-        if not self.settings.serving:
-            domain, split = int(given.get(DOMAIN_KEY, 0)), int(given.get(SPLIT_KEY, 0))
-            if not (0 <= domain < self.settings.domains and 0 <= split < SPLITS):
-                self._error = self._error or f"request {new.req_id} has domain {domain} and split {split}"
-                return 0, 0
-            return domain, split
-        ids = np.asarray(new.prompt_token_ids or [], np.int32)
-        return self._domain_named(given.get(DOMAIN_KEY, _DEFAULT_DOMAIN)), split_of(ids, self.settings.seed)
+        domain, split = int(given.get(DOMAIN_KEY, 0)), int(given.get(SPLIT_KEY, 0))
+        if not (0 <= domain < self.settings.domains and 0 <= split < SPLITS):
+            raise ValueError(f"request {new.req_id} has domain {domain} and split {split}")
+        return domain, split
 
     def _domain_named(self, name: Any) -> int:
-        name = str(name)
+        """Index of a domain; a new name is taken as long as there is room, and what does not fit is `other`."""
+        room = self.settings.domains - 1 - len(self._domains)
+        if not is_domain_name(name) or (name not in self._domains and name != OTHER_DOMAIN and room < 1):
+            name = OTHER_DOMAIN
         if name not in self._domains:
-            fits = len(self._domains) < self.settings.domains - 1 and 0 < len(name) <= 64 and name.isprintable()
-            name = name if fits else _OTHER_DOMAIN
-            if name not in self._domains:
-                self._domains.append(name)
+            if len(self._domains) == self.settings.domains:  # there is room for one domain alone
+                return 0
+            self._domains.append(name)
         return self._domains.index(name)
 
     def _limit(self, note: Note) -> None:
@@ -417,6 +494,9 @@ class WorkerRecorder:
                 if dropped.any():  # cells may be shared with other steps of a steady batch
                     step.cells, step.tokens = np.where(dropped, np.int32(-1), step.cells), None
             table.done[slot] = min(table.done[slot], limit)
+        for name in note.aborted:
+            slot = table.slot_of.get(name)
+            self._remarks["aborted_requests"] += slot is not None and not table.outside[slot]
         for name, routed in note.finished.items():
             slot = table.slot_of.pop(name, None)
             if slot is not None:
@@ -431,9 +511,13 @@ class WorkerRecorder:
         while self._closing and (oldest is None or self._closing[0][0] <= oldest):
             _, name, slot, routed = self._closing.pop(0)
             if table.whole[slot] and table.counted[slot] != routed:
-                self._error = self._error or (
-                    f"request {name}: {int(table.counted[slot]):,} tokens were counted, but its lengths say {routed:,}"
+                counted = int(table.counted[slot])
+                self._fail(
+                    f"request {name}: {counted:,} tokens were counted, but its lengths say {routed:,}", believed=False
                 )
+                return
+            if table.outside[slot]:
+                self._remarks["left_out_tokens"] += int(table.done[slot])
             table.free.append(slot)
             self._order = []  # the slot may come back under another name
 
@@ -513,7 +597,7 @@ class WorkerRecorder:
         if self._layers and self.rank["writes"]:
             gates = {str(layer.info.index): layer.gate for layer in self._layers if layer.gate is not None}
             kept = {name: gate.detach().to(torch.bfloat16).cpu().contiguous() for name, gate in gates.items()}
-            save_file(kept, os.path.join(folder, f"routers-{self._name}.safetensors"))
+            save_file(kept, os.path.join(folder, f"routers-{rank_name(self.rank)}.safetensors"))
         return {
             "rank": self.rank,
             "layers": [(layer.info.index, layer.info.experts, layer.info.top_k) for layer in self._layers],
@@ -534,7 +618,8 @@ class WorkerRecorder:
     def reset(self) -> None:
         """Drop what was counted."""
         self._error = None
-        self._requests = self._skipped = 0
+        self._requests = 0
+        self._remarks = dict.fromkeys(REMARKS, 0)
         self._verified.clear()
         if self.recorder is not None:
             self.recorder.reset()
@@ -549,17 +634,24 @@ class WorkerRecorder:
         Returns:
             "path" of the file; "error" if it does not add up; neither where another rank writes.
         """
+        if self.recorder is None or not self.rank["writes"]:
+            self.reset()
+            return {}
         try:
-            part = self._part()
+            if self._error:
+                raise InvariantError(self._error)
+            part = self._part(self.recorder.peek(), self._now())
         except InvariantError as error:
             return {"error": str(error)}
         finally:
             self.reset()
-        if part is None:
-            return {}
-        path = os.path.join(folder, f"part-{self._name}.safetensors")
-        save_part(part, Path(path))
+        path = os.path.join(folder, f"part-{rank_name(self.rank)}.safetensors")
+        save_part(replace(part, domains=()), Path(path))
         return {"path": path}
+
+    def bound(self) -> bool:
+        """That this worker has a recorder."""
+        return True
 
     def verified(self, folder: str) -> dict[str, Any] | None:
         """Write the positions (T,) and ids (T, L, K) that were counted of each request that is to be verified."""
@@ -573,7 +665,7 @@ class WorkerRecorder:
                 arrays[f"{name}:positions"] = np.concatenate([positions for positions, _ in pieces])
                 ids = torch.cat([ids for _, ids in pieces], dim=1).permute(1, 0, 2)
                 arrays[f"{name}:ids"] = np.ascontiguousarray(ids.numpy())
-        path = os.path.join(folder, f"verified-{self._name}.safetensors")
+        path = os.path.join(folder, f"verified-{rank_name(self.rank)}.safetensors")
         save_file(arrays, path)
         return {"path": path, "layers": [layer.info.index for layer in self._layers]}
 
@@ -589,93 +681,63 @@ class WorkerRecorder:
         kept, self._shown = self._shown, None
         if not kept or not self.rank["writes"] or not self._layers:
             return None
-        path = os.path.join(folder, f"shown-{self._name}.safetensors")
+        path = os.path.join(folder, f"shown-{rank_name(self.rank)}.safetensors")
         positions = torch.from_numpy(np.concatenate([positions for positions, _ in kept]))
         save_file({"positions": positions, "distributions": torch.cat([seen for _, seen in kept], dim=1)}, path)
         return {"path": path, "layers": [layer.info.index for layer in self._layers]}
 
-    def _part(self) -> Part | None:
-        if self.recorder is None or not self.rank["writes"]:
-            return None
-        if self._error:
-            raise InvariantError(self._error)
+    # what a server saves
+
+    def _now(self) -> _Taken:
+        return _Taken(
+            self._counted, tuple(self._domains), self._requests, dict(self._remarks), self._error, time.time_ns()
+        )
+
+    def _part(self, sums: StagedSums, taken: _Taken) -> Part:
         return Part(
             layers=tuple(layer.info for layer in self._layers),
             scoring=self._layers[0].scoring,
             groups=self._layers[0].groups,
-            domains=tuple(self._domains) if self.settings.serving else (),
+            domains=taken.domains,
             rank=self.rank,
-            requests=self._requests,
-            sums=self.recorder.peek(),
+            requests=taken.requests,
+            sums=sums,
             description=self._description,
-            run=self._run,
+            run=self.settings.run,
             created=self._created,
             settings={
                 "seed": self.settings.seed,
                 "probabilities": self.settings.probabilities,
                 "coactivation": self.settings.coactivation,
-                "skipped_by_prefix_cache": self._skipped,
             },
+            remarks=taken.remarks,
+            ended=taken.ended,
             fingerprint=self._fingerprint,
         )
 
-    def save(self) -> None:
-        """A server's save: this rank's part of what was counted so far, replaced in one go."""
-        try:
-            with self._lock:
-                if self.recorder is not None and self.recorder.device.type == "cuda":
-                    torch.cuda.synchronize(self.recorder.device)
-                part = self._part()
-            if part is not None and part.sums.tokens.any():
-                save_serving(part, Path(self.settings.folder), self._name)
-        except MoescopeError as error:
-            Path(self.settings.folder, f"error-{self._name}.txt").write_text(f"{error}\n", encoding="utf-8")
+    def _take(self) -> None:
+        """Take a snapshot; under the step's lock, or in the thread of the steps."""
+        if self._snapshots is not None and self._believed:
+            self._snapshots.take(len(self._domains), self._now())
 
-    @property
-    def _name(self) -> str:
-        return f"dp{self.rank['dp']}-pp{self.rank['pp']}-tp{self.rank['tp']}"
+    def _take_if_idle(self) -> None:
+        """Take a snapshot unless a step is being prepared; those that the scheduler asks for come with a step."""
+        if not self._believed:
+            raise InvariantError(self._error or "what was counted is not believed")
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take()
+            finally:
+                self._lock.release()
 
-
-class Saver:
-    """Saves from a thread of its own: every 30 seconds, when `trigger` is touched, and when the engine has gone idle.
-
-    A server that is stopped may be killed before its workers have written; what came before an idle moment is safe.
-
-    Args:
-        save: What saves.
-        progress: A number that grows with what there is to save.
-        trigger: A file.
-    """
-
-    def __init__(self, save: Callable[[], None], progress: Callable[[], int], trigger: Path) -> None:
-        self._save = save
-        self._progress = progress
-        self._trigger = trigger
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="moescope-saver", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        touched, kept, seen = self._touched(), self._progress(), self._progress()
-        saved = active = time.monotonic()
-        while not self._closed.wait(_POLL):
-            now, trigger, progress = time.monotonic(), self._touched(), self._progress()
-            if progress != seen:
-                seen, active = progress, now
-            idle = now - active >= _IDLE and now - saved >= _BETWEEN
-            if trigger != touched or (progress != kept and (idle or now - saved >= SAVE_EVERY)):
-                touched, kept, saved = trigger, progress, now
-                self._save()
-
-    def _touched(self) -> int:
-        with contextlib.suppress(OSError):
-            return self._trigger.stat().st_mtime_ns
-        return 0
-
-    def close(self) -> None:
-        """Stop, when a save that is under way has ended."""
-        self._closed.set()
-        self._thread.join()
+    def _write(self) -> int:
+        """Write the snapshot that waits in one go; its file's time is that of the snapshot."""
+        assert self._snapshots is not None
+        with self._snapshots.read() as (sums, taken):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            save_part(self._part(sums, taken), self._path)
+            os.utime(self._path, ns=(taken.time_ns, taken.time_ns))
+        return int(taken.counted)
 
 
 def _batch_order(runner: Any) -> list[str]:

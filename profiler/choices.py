@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.profiler.errors import InvariantError
@@ -25,8 +27,8 @@ POISON: Final = -1
 WEIGHT_LIMIT: Final = 4096.0
 
 
-def check_faults(faults: Tensor, layers: Sequence[LayerInfo], what: str = "") -> None:
-    """Assert that no fault was counted; synchronises.
+def check_faults(faults: Tensor | NDArray[np.int64], layers: Sequence[LayerInfo], what: str = "") -> None:
+    """Assert that no fault was counted; synchronises where they are on a device.
 
     Args:
         faults: (4, L) int64; see `FAULTS`.

@@ -5,7 +5,7 @@ Every buffer has a fixed address, so it can be written from a captured CUDA grap
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -155,6 +155,8 @@ class StagedRecorder:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._graph_cells = torch.full((min(_GRAPHED, capacity),), POISON, dtype=torch.int32, **like)
         self._rng = np.random.default_rng(seed)
+        #: Stream of the last commit, on a GPU.
+        self.stream: torch.cuda.Stream | None = None
         self._tokens = np.zeros(domains * PHASES * SPLITS, dtype=np.int64)
         self._sampled = np.zeros(domains * PHASES * SPLITS, dtype=np.int64)
 
@@ -244,6 +246,8 @@ class StagedRecorder:
             sampled: int32 [n], cells of the sampled rows, in the order of `choose_sample`; None: nothing was sampled.
             source: A copy of what was staged, if the engine has run on since; by default the staging buffers.
         """
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.current_stream(self.device)
         if isinstance(cells, Placed):
             if source is None:
                 cells.graph.replay()
@@ -321,27 +325,64 @@ class StagedRecorder:
                     self._add(staged, self._graph_cells[:size])
                 self._graphs[size] = graph
 
-    def peek(self) -> StagedSums:
-        """The sums so far; synchronises.
+    def buffers(self) -> dict[str, Tensor]:
+        """The sums on the device by name, as `sums_of` takes them."""
+        named = {
+            "counts": self._counts,
+            "weights": self._weight_sums,
+            "faults": self._faults,
+            "pairs": self._pairs,
+            "distributions": self._distribution_sums,
+        }
+        return {name: buffer for name, buffer in named.items() if buffer is not None}
+
+    def lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Copies of the rows of each cell [C], and of those of them whose distributions were summed [C]."""
+        return self._tokens.copy(), self._sampled.copy()
+
+    def sums_of(
+        self,
+        arrays: Mapping[str, NDArray[np.int64]],
+        lengths: tuple[NDArray[np.int64], NDArray[np.int64]],
+        domains: int | None = None,
+    ) -> StagedSums:
+        """Sums in a profile's axes, held against the lengths.
+
+        Args:
+            arrays: The buffers of one moment, on the host; see `buffers`.
+            lengths: Those of the same moment; see `lengths`.
+            domains: How many of the first domains to take; None: all.
 
         Raises:
             InvariantError: In some layer the selections are not k·T, an expert exceeds T, or a fault was counted.
         """
-        choices.check_faults(self._faults, self.layers)
-        shape = (self.domains, PHASES, SPLITS)
+        domains = self.domains if domains is None else domains
+        choices.check_faults(arrays["faults"], self.layers)
+        shape = (domains, PHASES, SPLITS)
         rest = (len(self.layers), self.experts)
-        cells = _fetched(self._counts)
+        tokens, sampled = (array[: domains * PHASES * SPLITS] for array in lengths)
+        cells = arrays["counts"][: len(tokens)]
         for slot, layer in enumerate(self.layers):
-            check_layer(layer, cells[:, slot], self._tokens, "")
-        probability = None if self._distribution_sums is None else _fetched(self._distribution_sums)
+            check_layer(layer, cells[:, slot], tokens, "")
+        probability = arrays.get("distributions")
+        if probability is not None:
+            probability = probability[: domains * PHASES].reshape(*shape[:2], *rest)
         return StagedSums(
-            tokens=self._tokens.reshape(shape).copy(),
+            tokens=tokens.reshape(shape),
             cells=cells.reshape(*shape, *rest),
-            weight=_fetched(self._weight_sums).reshape(*shape[:2], *rest),
-            probability=None if probability is None else probability.reshape(*shape[:2], *rest),
-            probability_tokens=None if probability is None else self._sampled.reshape(shape).sum(axis=2),
-            coactivation=None if self._pairs is None else _fetched(self._pairs),
+            weight=arrays["weights"][: domains * PHASES].reshape(*shape[:2], *rest),
+            probability=probability,
+            probability_tokens=None if probability is None else sampled.reshape(shape).sum(axis=2),
+            coactivation=arrays.get("pairs"),
         )
+
+    def peek(self) -> StagedSums:
+        """The sums so far; synchronises, and nothing may be committed meanwhile. See `moescope.profiler.snapshots`.
+
+        Raises:
+            InvariantError: They do not add up; see `sums_of`.
+        """
+        return self.sums_of({name: _fetched(buffer) for name, buffer in self.buffers().items()}, self.lengths())
 
     def drain(self) -> StagedSums:
         """The sums so far, and start empty; see `peek`."""
@@ -351,9 +392,8 @@ class StagedRecorder:
 
     def reset(self) -> None:
         """Drop the sums."""
-        for buffer in (self._counts, self._weight_sums, self._faults, self._pairs, self._distribution_sums):
-            if buffer is not None:
-                buffer.zero_()
+        for buffer in self.buffers().values():
+            buffer.zero_()
         self._tokens[:] = 0
         self._sampled[:] = 0
 

@@ -245,6 +245,16 @@ def _remarks(settings: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     cached = _total(settings, "skipped_by_prefix_cache")
     if cached:
         remarks.append(f"{cached:,} prompt tokens came from the engine's prefix cache and were not routed")
+    aborted = _total(settings, "aborted_requests")
+    if aborted:
+        remarks.append(
+            f"{aborted:,} requests were ended by their clients or by a stop string; what the engine had routed for "
+            "them by then counts, which can be more tokens than their outputs have"
+        )
+    outside, tokens = (_total(settings, name) for name in ("left_out_requests", "left_out_tokens"))
+    if outside:
+        remarks.append(f"{outside:,} requests with streaming input, of {tokens:,} tokens, were not counted")
+    remarks += [f"the recording ended early: {one['ended']}" for one in settings if isinstance(one.get("ended"), str)]
     long = _total(settings, "skipped_long_prompts")
     if long:
         remarks.append(f"{long:,} prompts were left out because they are too long")

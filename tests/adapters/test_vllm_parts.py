@@ -1,6 +1,7 @@
 """What needs no engine: the scheduler's ledger, parts of ranks, settings, and refusals before an engine starts."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Space
@@ -8,31 +9,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm_ranks import make_part
 
-import moescope
 from moescope.adapters.session import choose_engine, open_engine, parse_engine_args
 from moescope.adapters.vllm_ledger import NOTE, Ledger
 from moescope.adapters.vllm_parts import (
-    Part,
     join,
-    load_part,
-    load_serving,
-    refuse_results,
-    save_part,
-    save_serving,
-    to_profile,
 )
 from moescope.adapters.vllm_plugin import supported
+from moescope.adapters.vllm_runs import to_profile
 from moescope.adapters.vllm_settings import (
     DOMAINS_VARIABLE,
     PROBABILITIES_VARIABLE,
+    RAY_VARIABLE,
+    RUN_VARIABLE,
     SERVER_VARIABLE,
     VARIABLE,
     Settings,
+    name_run,
+    share_with_ray,
 )
-from moescope.profiler.errors import InvariantError, ModelError, OptionError, OutputError, ProfileError
-from moescope.profiler.profile import LayerInfo
-from moescope.profiler.staged import StagedSums
+from moescope.profiler.errors import InvariantError, ModelError, OptionError, ProfileError
 
 
 def _output(new: dict[str, int] | None = None, cached: dict[str, int] | None = None, **fields: Any) -> Any:
@@ -125,30 +122,8 @@ def test_a_request_that_was_never_scheduled() -> None:
     assert getattr(out, NOTE).finished == {}
 
 
-def _part(layers: tuple[int, ...], seed: int = 0, *, rank: dict[str, int] | None = None, domains: int = 2) -> Part:
-    """A part whose counts add up: 4 experts, top-1."""
-    rng = np.random.default_rng(seed)
-    tokens = np.random.default_rng(99).integers(0, 5, (domains, 2, 16)).astype(np.int64)
-    cells = np.zeros((domains, 2, 16, len(layers), 4), np.int64)
-    for where in np.ndindex(domains, 2, 16, len(layers)):
-        cells[where] = np.bincount(rng.integers(0, 4, tokens[where[:3]]), minlength=4)
-    weight = cells.sum(axis=2) << 24
-    return Part(
-        layers=tuple(LayerInfo(index, 4, 1) for index in layers),
-        scoring="softmax",
-        groups=2,
-        domains=("b", "a")[:domains],
-        rank={"dp": 0, "pp": 0, "tp": 0, "dp_size": 1, "pp_size": 1, "writes": True} | (rank or {}),
-        requests=3,
-        description={"vllm": "0.32.0", "model": "m", "architecture": "A", "dtype": "float32", "device": "cpu"},
-        sums=StagedSums(tokens=tokens, cells=cells, weight=weight),
-        run="u",
-        created="2026-01-01T00:00:00+00:00",
-    )
-
-
 def test_a_part_survives_its_file(tmp_path: Path) -> None:
-    part = _part((1, 2))
+    part = make_part((1, 2))
     save_part(part, tmp_path / "part-x.safetensors")
     loaded = load_part(tmp_path / "part-x.safetensors")
     assert loaded.layers == part.layers
@@ -161,8 +136,8 @@ def test_a_part_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_pipeline_ranks_lie_side_by_side() -> None:
-    one = _part((0, 1), rank={"pp": 0, "pp_size": 2})
-    two = _part((2,), seed=1, rank={"pp": 1, "pp_size": 2})
+    one = make_part((0, 1), rank={"pp": 0, "pp_size": 2})
+    two = make_part((2,), seed=1, rank={"pp": 1, "pp_size": 2})
     layers, sums = join([two, one])
     assert [layer.index for layer in layers] == [0, 1, 2]
     np.testing.assert_array_equal(sums.cells[:, :, :, 2], two.sums.cells[:, :, :, 0])
@@ -175,7 +150,7 @@ def test_pipeline_ranks_lie_side_by_side() -> None:
 
 
 def test_replicas_add_up_and_are_never_added_twice() -> None:
-    one, two = _part((0, 1)), _part((0, 1), seed=1, rank={"dp": 1})
+    one, two = make_part((0, 1)), make_part((0, 1), seed=1, rank={"dp": 1})
     layers, sums = join([one, two])
     assert len(layers) == 2
     np.testing.assert_array_equal(sums.cells, one.sums.cells + two.sums.cells)
@@ -185,40 +160,8 @@ def test_replicas_add_up_and_are_never_added_twice() -> None:
         join([])
 
 
-def test_replicas_meet_domains_in_their_own_order(tmp_path: Path) -> None:
-    one = _part((0,), rank={"dp_size": 2})
-    two = replace(_part((0,), seed=1, rank={"dp": 1, "dp_size": 2}), domains=("c", "b"))
-    save_serving(one, tmp_path, "dp0-pp0-tp0")
-    with pytest.raises(InvariantError, match="1 of the 2 ranks"):
-        load_serving(tmp_path)
-    save_serving(two, tmp_path, "dp1-pp0-tp0")
-    profile = load_serving(tmp_path)
-    profile.check()
-    assert profile.domains == ("a", "b", "c")
-    np.testing.assert_array_equal(profile.token_counts[1], one.sums.tokens[0].sum(-1) + two.sums.tokens[1].sum(-1))
-    np.testing.assert_array_equal(profile.token_counts[2], two.sums.tokens[0].sum(-1))
-    assert profile.runs[0].prompts == 6
-    (tmp_path / "error-dp1.txt").write_text("layer 3: 2 expert ids outside 0..E-1\n")
-    with pytest.raises(InvariantError, match="layer 3"):
-        load_serving(tmp_path)
-
-
-def test_one_rank_writes_the_profile_itself(tmp_path: Path) -> None:
-    part = _part((0, 1))
-    save_serving(part, tmp_path / "new", "dp0-pp0-tp0")
-    loaded = moescope.RoutingProfile.load(tmp_path / "new" / "profile.safetensors")
-    assert loaded.tokens == part.sums.tokens.sum()
-    with pytest.raises(OutputError, match="an earlier server"):
-        refuse_results(tmp_path / "new", "dp0-pp0-tp0")
-    refuse_results(tmp_path / "empty", "dp0-pp0-tp0")
-    broken = replace(part, sums=replace(part.sums, tokens=part.sums.tokens + 1))
-    with pytest.raises(InvariantError):
-        save_serving(broken, tmp_path / "new", "x")
-    assert to_profile([part]).domains == ("a", "b")
-
-
 def test_settings_travel_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (VARIABLE, SERVER_VARIABLE, PROBABILITIES_VARIABLE, DOMAINS_VARIABLE):
+    for name in (VARIABLE, SERVER_VARIABLE, PROBABILITIES_VARIABLE, DOMAINS_VARIABLE, RUN_VARIABLE, RAY_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     assert Settings.from_environment() is None
     asked = Settings("/f", "all", coactivation=True, domains=3, seed=5)
@@ -229,14 +172,60 @@ def test_settings_travel_through_the_environment(monkeypatch: pytest.MonkeyPatch
         Settings.from_environment()
     monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv(SERVER_VARIABLE, "/rec")
+    monkeypatch.setenv(RUN_VARIABLE, "")
+    name_run()
     served = Settings.from_environment()
     assert served is not None
     assert (served.serving, served.probabilities, served.domains) == (True, "off", 16)
-    for name, value in ((PROBABILITIES_VARIABLE, "some"), (DOMAINS_VARIABLE, "0"), (DOMAINS_VARIABLE, "many")):
+    assert served.run == os.environ[RUN_VARIABLE] != ""
+    name_run()  # as the processes that the front end starts do
+    assert Settings.from_environment() == served
+    for name, value in (
+        (PROBABILITIES_VARIABLE, "some"),
+        (DOMAINS_VARIABLE, "0"),
+        (DOMAINS_VARIABLE, "65"),
+        (DOMAINS_VARIABLE, "3,a,b"),
+        (DOMAINS_VARIABLE, "a,\n"),
+        (DOMAINS_VARIABLE, "a" * 65),
+        (RUN_VARIABLE, "../x"),
+    ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             with pytest.raises(OptionError, match=name):
                 Settings.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "reserved"),
+    [
+        ("1", 1, ()),
+        ("64", 64, ()),
+        ("code, chat", 16, ("code", "chat")),
+        ("4,code,chat", 4, ("code", "chat")),
+        ("default,code,code,other", 16, ("code",)),
+        (",".join(f"n{i}" for i in range(20)), 22, tuple(f"n{i}" for i in range(20))),
+    ],
+)
+def test_a_server_keeps_room_for_domains(
+    monkeypatch: pytest.MonkeyPatch, given: str, count: int, reserved: tuple[str, ...]
+) -> None:
+    for name, value in ((SERVER_VARIABLE, "/rec"), (RUN_VARIABLE, "r"), (DOMAINS_VARIABLE, given)):
+        monkeypatch.setenv(name, value)
+    served = Settings.from_environment()
+    assert served is not None
+    assert (served.domains, served.reserved) == (count, reserved)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "MOESCOPE_"), ("ABC_,DE_", "ABC_,DE_,MOESCOPE_"), ("MOESCOPE_", "MOESCOPE_")],
+)
+def test_workers_of_a_ray_cluster_get_the_settings(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setenv(RAY_VARIABLE, before or "")
+    share_with_ray()
+    assert os.environ[RAY_VARIABLE] == after
 
 
 @pytest.mark.parametrize(

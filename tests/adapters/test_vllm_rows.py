@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from moescope.adapters.vllm_ledger import Ledger
+from moescope.adapters.vllm_parts import REMARKS
 from moescope.adapters.vllm_settings import DOMAIN_KEY, SPLIT_KEY, TRACE_KEY, Settings
 from moescope.adapters.vllm_worker import WorkerRecorder, _Table
 from moescope.profiler.profile import LayerInfo
@@ -261,7 +262,9 @@ def _worker(rows: int) -> WorkerRecorder:
     worker._armed = worker._on = True
     worker._shown, worker._trace = None, None
     worker._error, worker._verified = None, {}
-    worker._requests = worker._skipped = worker._counted = 0
+    worker._requests = worker._counted = 0
+    worker._remarks = dict.fromkeys(REMARKS, 0)
+    worker._snapshots, worker._believed = None, True
     worker._lock = threading.Lock()
     return worker
 
