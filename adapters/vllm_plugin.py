@@ -55,7 +55,7 @@ PATCHED: Final = (
     ("vllm/v1/worker/gpu_worker.py", "Worker", "execute_model", ("scheduler_output",)),
     ("vllm/v1/worker/gpu_worker.py", "Worker", "execute_dummy_batch", ()),
     ("vllm/v1/worker/gpu_worker.py", "Worker", "shutdown", ()),
-    ("vllm/v1/engine/core.py", "EngineCore", "__init__", ()),
+    ("vllm/v1/engine/core.py", "EngineCore", "_initialize_kv_caches", ()),
     ("vllm/v1/engine/core.py", "EngineCore", "collective_rpc", ("method", "args")),
     ("vllm/v1/engine/utils.py", "CoreEngineProcManager", "shutdown", ("timeout",)),
     ("vllm/v1/engine/utils.py", "CoreEngineActorManager", "shutdown", ("timeout",)),
@@ -169,24 +169,27 @@ def _clock() -> SaveClock | None:
 
 def _wrap_core(core: Any) -> None:
     """Hold an engine back whose workers do not record, though they were asked to."""
-    make = core.__init__
+    initialize = core._initialize_kv_caches  # the models are loaded; the core itself loads plug-ins as it is made
 
-    @functools.wraps(make)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        if Settings.from_environment() is None:
-            return
-        try:
-            bound = self.collective_rpc("moescope", args=("bound",))
-        except Exception as error:  # a worker without the plug-in does not know the method
-            raise RuntimeError(f"moescope: a worker of vLLM did not load the plug-in: {error}") from error
-        if not all(bound):
-            raise RuntimeError(
-                "moescope: the plug-in did not bind in a worker of vLLM, so nothing would be recorded; its process has "
-                f"to see {SERVER_VARIABLE} and an installed moescope"
-            )
+    @functools.wraps(initialize)
+    def initialize_kv_caches(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if Settings.from_environment() is not None:
+            _require_bound(self)
+        return initialize(self, *args, **kwargs)
 
-    core.__init__ = init
+    core._initialize_kv_caches = initialize_kv_caches
+
+
+def _require_bound(core: Any) -> None:
+    try:
+        bound = core.collective_rpc("moescope", args=("bound",))
+    except Exception as error:  # a worker without the plug-in does not know the method
+        raise RuntimeError(f"moescope: a worker of vLLM did not load the plug-in: {error}") from error
+    if not all(bound):
+        raise RuntimeError(
+            "moescope: the plug-in did not bind in a worker of vLLM, so nothing would be recorded; its process has to "
+            "find moescope installed and the variables whose names begin with MOESCOPE_"
+        )
 
 
 def _wrap_manager(manager: Any) -> None:

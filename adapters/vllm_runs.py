@@ -6,6 +6,7 @@ again within a run takes the next free name, and its counts add up.
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from moescope.profiler.staged import StagedSums
 from moescope.profiler.totals import Totals
 
 _PART: Final = "part-*.safetensors"
+#: Seconds after which a save that has not ended is that of a dead process.
+_STALE: Final = 600.0
 
 
 def rank_name(rank: Mapping[str, Any]) -> str:
@@ -37,6 +40,9 @@ def claim(folder: Path, run: str, rank: Mapping[str, Any]) -> Path:
     start = 1
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.glob(".part-*.tmp"):  # of a process that was killed while it saved
+            if time.time() - rest.stat().st_mtime > _STALE:
+                rest.unlink(missing_ok=True)
         while True:
             again = f"-{start}" if start > 1 else ""
             path = folder / f"part-{run}-{rank_name(rank)}{again}.safetensors"

@@ -83,8 +83,9 @@ class Saver:
             return
         if self._source.waiting():  # the scheduler asked for it
             self._save()
-        asked = progress != self._kept or trigger != self._touched
-        if closing or (asked and now - self._active >= _IDLE):
+        new = progress != self._kept
+        idle = now - self._active >= _IDLE
+        if (closing and new) or (idle and (new or trigger != self._touched)):
             self._source.take()
             if self._source.waiting():
                 self._save()

@@ -12,7 +12,7 @@ from typing import IO, Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from moescope.profiler.errors import MoescopeError, OutputError, ProfileError
 from moescope.profiler.profile import BUFFERS, RoutingProfile, header, parse_header
@@ -67,11 +67,12 @@ def write_tensors(arrays: Mapping[str, NDArray[Any]], path: Path, metadata: dict
         OutputError: The file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    try:
+        data = save(contiguous, metadata=metadata)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
     with atomic_path(path) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
+        temporary.write_bytes(data)  # safetensors' own writer leaves files of unknown names where it is killed
 
 
 def load_profile(path: str | os.PathLike[str]) -> RoutingProfile:

@@ -13,9 +13,7 @@ from vllm_ranks import make_part
 
 from moescope.adapters.session import choose_engine, open_engine, parse_engine_args
 from moescope.adapters.vllm_ledger import NOTE, Ledger
-from moescope.adapters.vllm_parts import (
-    join,
-)
+from moescope.adapters.vllm_parts import join, load_part, save_part
 from moescope.adapters.vllm_plugin import supported
 from moescope.adapters.vllm_runs import to_profile
 from moescope.adapters.vllm_settings import (

@@ -1,0 +1,182 @@
+"""A recording server under load that is killed, restarted, and whose disk fills: what is left must be what was routed.
+
+    python -m benchmarks.server_soak --model DIR --minutes 20     # a checkpoint without a tokenizer will do
+
+One folder takes the runs of all servers. For each run, with T = Σ (prompt − cached + completion − 1) over requests:
+T of requests that had ended 5 s before a kill ≤ T recorded ≤ T of all that were started; after SIGTERM, all that had
+ended; and where the load was drained, equality. The disk of the first run is full for a while in the middle.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.serving import Load, Server
+from moescope.adapters.vllm_parts import load_part
+
+#: Seconds before a kill from which on nothing is promised.
+MARGIN = 5.0
+#: Seconds between two samples of memory and throughput.
+_SAMPLE = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a server."""
+
+    case: str
+    seconds: float
+    requests: int
+    ended: int
+    recorded: int
+    started: int
+    holds: bool
+    mb_a_minute: float | None = None
+    last_third: float | None = None
+
+
+def recorded(folder: Path, known: set[Path]) -> int:
+    """Tokens in the parts of the newest run, which `known` learns."""
+    new = set(folder.glob("part-*.safetensors")) - known
+    known |= new
+    return sum(int(load_part(path).sums.tokens.sum()) for path in new if path.stat().st_size)
+
+
+def limit_files(pids: Sequence[int], size: int) -> None:
+    """Let no file of these processes grow beyond `size` bytes, as on a disk that is full."""
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
+
+
+def steady(server: Server, load: Load, seconds: float) -> tuple[float, float]:
+    """Load with a full disk in the middle; MB of resident memory a minute, and throughput of the last third / first."""
+    workers = [pid for name, pid in server.processes().items() if name != "front end"]
+    begin = time.monotonic()
+    samples, full, free = [], False, False
+    while (now := time.monotonic() - begin) < seconds:
+        samples.append((now, server.resident() / 1e6, load.tokens()))
+        if not full and now > seconds / 3:
+            limit_files(workers, 1024)
+            full = True
+        if full and not free and now > seconds / 3 + min(20.0, seconds / 4):
+            limit_files(workers, resource.RLIM_INFINITY)
+            free = True
+        time.sleep(_SAMPLE)
+    limit_files(workers, resource.RLIM_INFINITY)
+    if "not saved" not in server.text():
+        raise AssertionError("the disk was full, and nobody noticed")
+    times, memory, tokens = np.array(samples).T
+    warm = times > seconds / 4
+    slope = float(np.polyfit(times[warm], memory[warm], 1)[0]) * 60
+    third = np.interp([seconds / 12, seconds / 3, seconds * 2 / 3, seconds], times, tokens)
+    rates = (third[1] - third[0]) / (seconds / 4), (third[3] - third[2]) / (seconds / 3)
+    return slope, float(rates[1] / rates[0])
+
+
+def soak(
+    model: Path, folder: Path, minutes: float, clients: int, vocabulary: int, arguments: Sequence[str]
+) -> list[Row]:
+    """Run all cases.
+
+    Args:
+        model: Folder of a checkpoint.
+        folder: Where logs go; the servers record into `recorded` in it.
+        minutes: How long, without the servers' starts.
+        clients: Clients at a time.
+        vocabulary: Token ids are below this.
+        arguments: Of `vllm serve`.
+    """
+    record = folder / "recorded"
+    known: set[Path] = set()
+    rows = []
+    seconds = minutes * 60
+    lengths = {"drained": seconds * 0.6, "SIGTERM": seconds * 0.1} | {
+        f"kill -9 {victim}": seconds * 0.1 for victim in ("front end", "engine core", "worker 0")
+    }
+    for number, (case, length) in enumerate(lengths.items()):
+        with Server(model, folder, record, ["--enable-prompt-tokens-details", *arguments]) as server:
+            server.wait_until_up()
+            load = Load(server.url, clients, vocabulary, seed=number)
+            load.start()
+            if case == "drained":
+                slope, third = steady(server, load, length)
+                load.stop()
+                least = most = load.tokens()
+                done = server.stop()
+                print(f"exit code {done}", flush=True)
+                tokens = recorded(record, known)
+                holds = load.errors == 0 and least == tokens == most
+                rows.append(
+                    Row(case, length, len(load.ended), least, tokens, most, holds, round(slope, 2), round(third, 3))
+                )
+                print(json.dumps(asdict(rows[-1])), flush=True)
+                continue
+            time.sleep(max(length, 2 * MARGIN))
+            victims = server.processes()
+            now = time.monotonic()
+            if case == "SIGTERM":
+                least = load.tokens(now)
+                server.terminate()
+            else:
+                least = load.tokens(now - MARGIN)
+                victim = case.removeprefix("kill -9 ")
+                if victim not in victims:  # an engine whose worker lives in the core
+                    continue
+                subprocess.run(["kill", "-9", str(victims[victim])], check=True)
+                deadline = time.monotonic() + 20
+                while server.process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.2)
+            server.kill_all()
+            load.stop()
+        tokens = recorded(record, known)
+        holds = least <= tokens <= load.started and least > 0
+        rows.append(Row(case, max(length, 2 * MARGIN), len(load.ended), least, tokens, load.started, holds))
+        print(json.dumps(asdict(rows[-1])), flush=True)
+    return rows
+
+
+def merge(folder: Path) -> int:
+    """Tokens of `moescope merge` of all runs."""
+    target = folder / "merged.safetensors"
+    command = [sys.executable, "-m", "moescope.cli", "merge", str(folder / "recorded"), "-o", str(target), "--force"]
+    subprocess.run(command, check=True)
+    from moescope.profiler.files import load_profile
+
+    return load_profile(target).tokens
+
+
+def main() -> None:
+    """Run the soak and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=128)
+    parser.add_argument("arguments", nargs="*", help="of vllm serve, after --")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        rows = soak(options.model, folder, options.minutes, options.clients, options.vocabulary, options.arguments)
+        total = merge(folder)
+    print("| run | requests | ended before | recorded | started |  |")
+    print("|---|---:|---:|---:|---:|---|")
+    for row in rows:
+        print(
+            f"| {row.case} | {row.requests:,} | {row.ended:,} | {row.recorded:,} | {row.started:,} | "
+            f"{'holds' if row.holds else 'FAILS'} |"
+        )
+    print(f"merged: {total:,}; memory {rows[0].mb_a_minute} MB a minute; last third {rows[0].last_third} of the first")
+    sys.exit(not all(row.holds for row in rows) or total != sum(row.recorded for row in rows))
+
+
+if __name__ == "__main__":
+    main()
