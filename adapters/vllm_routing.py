@@ -3,6 +3,10 @@
 Where vLLM's own top-k kernel takes its output tensors from the caller, it is given the staging buffers, so that nothing
 is added to the engine's graphs; elsewhere two small copies are. Routers are known by their class; one that is not known
 is refused.
+
+vLLM then holds the staging buffers as its own, so nothing of it may write to them. Code of vLLM that was read does not;
+where other code gets them, such as substituted experts, which turn the router's ids into rows in place, copies are
+staged. PyTorch counts the writes to a tensor, so one that comes all the same stops the engine, at no cost in graphs.
 """
 
 from collections.abc import Callable
@@ -148,7 +152,8 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
     """Replace a router's `_compute_routing` by one that also leaves its choices in the staging buffers."""
     router = layer.router
     original: Routing = router._compute_routing
-    into = _direct(router) if recorder.device.type == "cuda" else None
+    into = _direct(router) if recorder.device.type == "cuda" and _only_reads(layer.runner) else None
+    lent = _Lent(f"layer {layer.info.index}")
     sampled = recorder.sample is not None
 
     if recorder.device.type != "cuda":
@@ -174,8 +179,9 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
         if stop - start > recorder.capacity:  # nothing is staged, which the commit finds
             return original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if into is not None and start == 0 and stop == rows and indices_type in (None, torch.int32):
-            ids_out, weights_out = recorder.views(slot, rows)
-            weights, ids = into(router_logits, ids_out, weights_out)
+            lent.check()
+            weights, ids = into(router_logits, *(view.data for view in recorder.views(slot, rows)))
+            lent.lend(weights, ids)
         else:
             weights, ids = original(hidden_states, router_logits, indices_type, input_ids=input_ids)
             ids_out, weights_out = recorder.views(slot, stop - start)
@@ -185,6 +191,50 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
         return weights, ids
 
     router._compute_routing = on_gpu if recorder.device.type == "cuda" else on_cpu
+
+
+class _Lent:
+    """The staging views that vLLM holds as a router's outputs, and whether it wrote to them.
+
+    Each view comes with a count of writes of its own (`Tensor.data`), so PyTorch's writes are seen when the layer next
+    routes: in time, as an engine's first forward is a profiling run, never counted and before any graph is captured.
+    What compiled kernels write is not seen.
+
+    Args:
+        where: The layer, for the message.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def lend(self, *tensors: Tensor) -> None:
+        """The router returns these."""
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def check(self) -> None:
+        """Nobody has written to what was lent last.
+
+        Raises:
+            RuntimeError: Somebody has; what was staged is not what the router chose.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                f"moescope: {self._where} cannot be recorded: vLLM wrote to what its router had returned"
+            )
+
+
+def _only_reads(runner: Any) -> bool:
+    """Whether a router's outputs go to code of vLLM that was read and does not write to them, and to no other."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    taken = (
+        (runner._forward_impl, MoERunner._forward_impl),
+        (runner._apply_quant_method, MoERunner._apply_quant_method),
+        (runner.routed_experts.forward_modular, RoutedExperts.forward_modular),
+    )
+    return all(getattr(method, "__func__", None) is known for method, known in taken)
 
 
 def _own_rows(rows: int) -> tuple[int, int]:
