@@ -95,11 +95,12 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
         raise ModelError(f"{where}: {kind} cannot be recorded: it routes by a hash of the token id")
     if getattr(router, "num_fused_shared_experts", 0):
         raise ModelError(f"{where}: {kind} cannot be recorded: shared experts are fused into its top-k")
-    scoring: Any = "softmax" if _falls_back(router) else router.scoring_func
-    if scoring not in ("softmax", "sigmoid"):
-        raise ModelError(f"{where}: the scoring function {scoring!r} is unknown; moescope records softmax and sigmoid")
     config = runner.moe_config
     experts, k = int(config.num_logical_experts), int(config.experts_per_token)
+    plain = _falls_back(router, experts)
+    scoring: Any = "softmax" if plain else router.scoring_func
+    if scoring not in ("softmax", "sigmoid"):
+        raise ModelError(f"{where}: the scoring function {scoring!r} is unknown; moescope records softmax and sigmoid")
     if experts < 1 or not 1 <= k <= experts:
         raise ModelError(f"{where}: {experts} experts, of which {k} are chosen, cannot be right")
     gate = gate if gate is not None else getattr(runner, "gate", None)
@@ -107,7 +108,7 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
     if weight is not None and not torch.isfinite(weight).all():
         raise ModelError(f"{where}: the router weight holds NaN or infinite values")
     info = LayerInfo(int(runner.layer_id), experts, k)
-    return BoundLayer(info, runner, router, weight, scoring, _scale(router), _groups(router))
+    return BoundLayer(info, runner, router, weight, scoring, _scale(router, plain), _groups(router, plain))
 
 
 def _router_weight(gate: Any, experts: int, hidden: int) -> Tensor | None:
@@ -124,27 +125,27 @@ def _router_weight(gate: Any, experts: int, hidden: int) -> Tensor | None:
     return rows.T.contiguous() if rows.shape == (hidden, experts) else None
 
 
-def _scale(router: Any) -> float:
+def _scale(router: Any, plain: bool) -> float:
     """Factor that the weights from `_compute_routing` carry."""
     scale = float(getattr(router, "routed_scaling_factor", 1.0) or 1.0)
     grouped = getattr(router, "use_grouped_topk", None)
     if grouped is False:  # CPURouter multiplies in its grouped branch alone
         return 1.0
-    return 1.0 if _falls_back(router) else scale
+    return 1.0 if plain else scale
 
 
-def _groups(router: Any) -> int:
+def _groups(router: Any, plain: bool) -> int:
     """Groups of experts that a router first chooses among."""
-    if getattr(router, "use_grouped_topk", True) is False or _falls_back(router):
+    if getattr(router, "use_grouped_topk", True) is False or plain:
         return 1
     return int(getattr(router, "num_expert_group", None) or 1)
 
 
-def _falls_back(router: Any) -> bool:
+def _falls_back(router: Any, experts: int) -> bool:
     """Whether a grouped router whose groups do not divide its experts uses vLLM's plain softmax top-k, unscaled."""
     if type(router).__name__ != "GroupedTopKRouter" or router.e_score_correction_bias is not None:
         return False
-    experts, groups = router.global_num_experts, router.num_expert_group
+    groups = router.num_expert_group  # held against the logits, one for each of the model's experts
     return bool(experts <= groups or experts % groups)
 
 

@@ -243,6 +243,17 @@ def _reads_alone(worker: Any) -> list[bool]:
     return [_only_reads(layer.runner) for layer in worker.moescope_recorder._layers]
 
 
+@pytest.mark.parametrize(("experts", "held", "plain"), [(32, 17, False), (32, 36, False), (30, 32, True), (4, 8, True)])
+def test_groups_are_told_by_the_experts_of_the_model(experts: int, held: int, plain: bool) -> None:
+    """A layer holds fewer experts where some are substituted, and more where some are redundant."""
+    from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+
+    from moescope.adapters.vllm_routing import _falls_back
+
+    router = GroupedTopKRouter(top_k=2, global_num_experts=held, num_expert_group=4, topk_group=2, eplb_state=None)
+    assert _falls_back(router, experts) is plain
+
+
 def test_a_write_to_lent_memory_is_seen() -> None:
     import torch
 

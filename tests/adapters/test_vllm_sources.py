@@ -96,7 +96,6 @@ MEMBERS: tuple[tuple[str, str | None, str], ...] = (
     (_ROUTED, "RoutedExperts", "quant_method forward_modular"),
     (_SUBSTITUTION, "SubstitutedRoutedExperts", "forward_modular"),
     (f"{_MOE}/config.py", "FusedMoEConfig", "num_logical_experts experts_per_token hidden_dim"),
-    (_BASE_ROUTER, "BaseRouter", "global_num_experts"),
     (_TOPK, "FusedTopKRouter", "scoring_func renormalize"),
     (
         _TOPK_BIAS,
@@ -230,6 +229,8 @@ FACTS: tuple[tuple[str, str | None, str | None, str, int | None], ...] = (
     (_MOE_RUNNER, "MoERunner", "_apply_quant_method", "self.routed_experts.forward_modular(", 1),
     (_ROUTED, "RoutedExperts", "forward_modular", "topk_ids", 1),
     (_ROUTED, "RoutedExperts", "forward_modular", "self.quant_method.apply(", 1),
+    # whether groups are used is told by the logits, not by how many experts the layer holds
+    (_GROUPED, "GroupedTopKRouter", "_compute_routing", "router_logits.shape[-1]", None),
     # substituted experts are a class of their own, whose `forward_modular` is the first to see what was chosen; the
     # router's ids are those of the model, as vLLM's own capture gets them
     (_SUBSTITUTION, "SubstitutedRoutedExperts", "forward_modular", "self.expert_substitution.transform_routes(", 1),
