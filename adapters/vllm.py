@@ -1,6 +1,7 @@
 """Profile inside vLLM: its own batching, scheduling and graphs, with the counts kept on the device."""
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 import time
@@ -42,6 +43,10 @@ BATCH: Final = 1024
 DOMAINS: Final = 16
 #: Seconds to wait for the scheduler's last word on the requests of a batch.
 _PATIENCE: Final = 60.0
+#: Module of vLLM that came with a capture of routed experts that works with the prefix cache and model runner V2 alone.
+_CAPTURE_BESIDE_CACHE: Final = "vllm.config.aux_output"
+#: What vLLM says of its capture where it refuses to start with it.
+_CAPTURE_WORDS: Final = ("AuxOutput", "routed-experts", "routed experts", "routed_experts")
 _EXPERT_COUNTS: Final = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -102,8 +107,10 @@ class VllmEngine:
             "disable_log_stats": True,
             "seed": 0,
         }
+        # a cache that is on for the capture alone is not read from
+        self._reads_cache = bool(arguments.get("enable_prefix_caching"))
         if verify:
-            defaults["enable_return_routed_experts"] = True
+            defaults |= _capture_arguments(arguments)
         if arguments.get("speculative_config"):
             defaults["async_scheduling"] = False  # tells in time which drafts were kept
         arguments = defaults | arguments
@@ -210,6 +217,7 @@ class VllmEngine:
                     stop_token_ids=list(self._stops),
                     ignore_eos=self._ignore_eos or generation.max_tokens == 0,
                     detokenize=False,
+                    skip_reading_prefix_cache=not self._reads_cache,
                     extra_args=tags,
                 )
             )
@@ -302,6 +310,11 @@ class VllmEngine:
             if not mine:
                 raise InvariantError(f"{what}request {output.request_id} was to be verified, but was not recorded")
             for layers, positions, ids in mine:
+                if positions.max(initial=-1) >= len(theirs):
+                    raise InvariantError(
+                        f"{what}request {output.request_id} was recorded up to token {int(positions.max()) + 1}, but "
+                        f"vLLM captured {len(theirs)}"
+                    )
                 for column, layer in enumerate(layers):
                     ours = np.sort(ids[:, column], axis=-1)
                     captured = np.sort(np.asarray(theirs)[positions, layer].astype(np.int64), axis=-1)
@@ -351,7 +364,7 @@ class VllmEngine:
                 "token_layers": self._checked[1],
                 "differences": 0,
             }
-        if self._skipped:
+        if self._skipped or self._about["prefix_caching"]:
             found["skipped_by_prefix_cache"] = self._skipped
         return found
 
@@ -400,7 +413,8 @@ class VllmEngine:
         prompt: Any = {"prompt_token_ids": token_ids.tolist()}
         self._call("show")
         try:
-            self.llm.generate([prompt], [SamplingParams(max_tokens=1, detokenize=False)], use_tqdm=False)
+            params = SamplingParams(max_tokens=1, detokenize=False, skip_reading_prefix_cache=not self._reads_cache)
+            self.llm.generate([prompt], [params], use_tqdm=False)
         except Exception as error:
             raise EngineError(f"the vLLM engine failed: {first_line(error)}") from error
         self._wait_until_settled()
@@ -461,6 +475,28 @@ def _check_environment() -> None:
         raise OptionError("another recording engine is open in this process; close it first")
 
 
+def captures_beside_cache() -> bool:
+    """Whether vLLM's own capture of routed experts needs its prefix cache and model runner V2: from 0.31 on."""
+    return importlib.util.find_spec(_CAPTURE_BESIDE_CACHE) is not None
+
+
+def _capture_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments that turn vLLM's own capture of routed experts on.
+
+    Raises:
+        OptionError: It cannot be had beside the arguments given.
+    """
+    wanted = {"enable_return_routed_experts": True}
+    if captures_beside_cache():
+        if given.get("enable_prefix_caching") is False:
+            raise OptionError(
+                f"--verify: vLLM {vllm_version()} captures routing with its prefix cache on alone; leave out "
+                "enable_prefix_caching (it is then on, but not read from), or --verify"
+            )
+        wanted["enable_prefix_caching"] = True
+    return wanted
+
+
 def _check_model(model: str, trust_remote_code: bool, *, weights: bool) -> Any:
     """The config of a model that has experts.
 
@@ -517,7 +553,12 @@ def _start(model: str, arguments: Mapping[str, Any], settings: Settings) -> Any:
             refusal = refusal_path(settings)
             if refusal.exists():
                 raise ModelError(refusal.read_text(encoding="utf-8").strip()) from error
-            raise ModelError(f"vLLM does not start with {model}: {_reason(error)}") from error
+            reason = _reason(error)
+            if arguments.get("enable_return_routed_experts") and any(word in reason for word in _CAPTURE_WORDS):
+                raise OptionError(
+                    f"--verify: vLLM's own capture does not start ({reason.rstrip('.')}); leave out --verify"
+                ) from error
+            raise ModelError(f"vLLM does not start with {model}: {reason}") from error
 
 
 def _reason(error: BaseException) -> str:

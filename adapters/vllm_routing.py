@@ -3,6 +3,10 @@
 Where vLLM's own top-k kernel takes its output tensors from the caller, it is given the staging buffers, so that nothing
 is added to the engine's graphs; elsewhere two small copies are. Routers are known by their class; one that is not known
 is refused.
+
+vLLM then holds the staging buffers as its own, so nothing of it may write to them. Code of vLLM that was read does not;
+where other code gets them, such as substituted experts, which turn the router's ids into rows in place, copies are
+staged. PyTorch counts the writes to a tensor, so one that comes all the same stops the engine, at no cost in graphs.
 """
 
 from collections.abc import Callable
@@ -91,11 +95,12 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
         raise ModelError(f"{where}: {kind} cannot be recorded: it routes by a hash of the token id")
     if getattr(router, "num_fused_shared_experts", 0):
         raise ModelError(f"{where}: {kind} cannot be recorded: shared experts are fused into its top-k")
-    scoring: Any = "softmax" if _falls_back(router) else router.scoring_func
-    if scoring not in ("softmax", "sigmoid"):
-        raise ModelError(f"{where}: the scoring function {scoring!r} is unknown; moescope records softmax and sigmoid")
     config = runner.moe_config
     experts, k = int(config.num_logical_experts), int(config.experts_per_token)
+    plain = _falls_back(router, experts)
+    scoring: Any = "softmax" if plain else router.scoring_func
+    if scoring not in ("softmax", "sigmoid"):
+        raise ModelError(f"{where}: the scoring function {scoring!r} is unknown; moescope records softmax and sigmoid")
     if experts < 1 or not 1 <= k <= experts:
         raise ModelError(f"{where}: {experts} experts, of which {k} are chosen, cannot be right")
     gate = gate if gate is not None else getattr(runner, "gate", None)
@@ -103,7 +108,7 @@ def _bound(runner: Any, gate: Any) -> BoundLayer:
     if weight is not None and not torch.isfinite(weight).all():
         raise ModelError(f"{where}: the router weight holds NaN or infinite values")
     info = LayerInfo(int(runner.layer_id), experts, k)
-    return BoundLayer(info, runner, router, weight, scoring, _scale(router), _groups(router))
+    return BoundLayer(info, runner, router, weight, scoring, _scale(router, plain), _groups(router, plain))
 
 
 def _router_weight(gate: Any, experts: int, hidden: int) -> Tensor | None:
@@ -120,27 +125,27 @@ def _router_weight(gate: Any, experts: int, hidden: int) -> Tensor | None:
     return rows.T.contiguous() if rows.shape == (hidden, experts) else None
 
 
-def _scale(router: Any) -> float:
+def _scale(router: Any, plain: bool) -> float:
     """Factor that the weights from `_compute_routing` carry."""
     scale = float(getattr(router, "routed_scaling_factor", 1.0) or 1.0)
     grouped = getattr(router, "use_grouped_topk", None)
     if grouped is False:  # CPURouter multiplies in its grouped branch alone
         return 1.0
-    return 1.0 if _falls_back(router) else scale
+    return 1.0 if plain else scale
 
 
-def _groups(router: Any) -> int:
+def _groups(router: Any, plain: bool) -> int:
     """Groups of experts that a router first chooses among."""
-    if getattr(router, "use_grouped_topk", True) is False or _falls_back(router):
+    if getattr(router, "use_grouped_topk", True) is False or plain:
         return 1
     return int(getattr(router, "num_expert_group", None) or 1)
 
 
-def _falls_back(router: Any) -> bool:
+def _falls_back(router: Any, experts: int) -> bool:
     """Whether a grouped router whose groups do not divide its experts uses vLLM's plain softmax top-k, unscaled."""
     if type(router).__name__ != "GroupedTopKRouter" or router.e_score_correction_bias is not None:
         return False
-    experts, groups = router.global_num_experts, router.num_expert_group
+    groups = router.num_expert_group  # held against the logits, one for each of the model's experts
     return bool(experts <= groups or experts % groups)
 
 
@@ -148,7 +153,8 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
     """Replace a router's `_compute_routing` by one that also leaves its choices in the staging buffers."""
     router = layer.router
     original: Routing = router._compute_routing
-    into = _direct(router) if recorder.device.type == "cuda" else None
+    into = _direct(router) if recorder.device.type == "cuda" and _only_reads(layer.runner) else None
+    lent = _Lent(f"layer {layer.info.index}")
     sampled = recorder.sample is not None
 
     if recorder.device.type != "cuda":
@@ -174,8 +180,9 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
         if stop - start > recorder.capacity:  # nothing is staged, which the commit finds
             return original(hidden_states, router_logits, indices_type, input_ids=input_ids)
         if into is not None and start == 0 and stop == rows and indices_type in (None, torch.int32):
-            ids_out, weights_out = recorder.views(slot, rows)
-            weights, ids = into(router_logits, ids_out, weights_out)
+            lent.check()
+            weights, ids = into(router_logits, *(view.data for view in recorder.views(slot, rows)))
+            lent.lend(weights, ids)
         else:
             weights, ids = original(hidden_states, router_logits, indices_type, input_ids=input_ids)
             ids_out, weights_out = recorder.views(slot, stop - start)
@@ -185,6 +192,50 @@ def stage(recorder: StagedRecorder, slot: int, layer: BoundLayer, data_parallel:
         return weights, ids
 
     router._compute_routing = on_gpu if recorder.device.type == "cuda" else on_cpu
+
+
+class _Lent:
+    """The staging views that vLLM holds as a router's outputs, and whether it wrote to them.
+
+    Each view comes with a count of writes of its own (`Tensor.data`), so PyTorch's writes are seen when the layer next
+    routes: in time, as an engine's first forward is a profiling run, never counted and before any graph is captured.
+    What compiled kernels write is not seen.
+
+    Args:
+        where: The layer, for the message.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def lend(self, *tensors: Tensor) -> None:
+        """The router returns these."""
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    def check(self) -> None:
+        """Nobody has written to what was lent last.
+
+        Raises:
+            RuntimeError: Somebody has; what was staged is not what the router chose.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                f"moescope: {self._where} cannot be recorded: vLLM wrote to what its router had returned"
+            )
+
+
+def _only_reads(runner: Any) -> bool:
+    """Whether a router's outputs go to code of vLLM that was read and does not write to them, and to no other."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    taken = (
+        (runner._forward_impl, MoERunner._forward_impl),
+        (runner._apply_quant_method, MoERunner._apply_quant_method),
+        (runner.routed_experts.forward_modular, RoutedExperts.forward_modular),
+    )
+    return all(getattr(method, "__func__", None) is known for method, known in taken)
 
 
 def _own_rows(rows: int) -> tuple[int, int]:

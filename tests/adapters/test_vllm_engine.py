@@ -1,7 +1,7 @@
 """Recording inside a real vLLM engine on the CPU: counts equal to transformers' for the same token ids, everywhere."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 if "MOESCOPE_NO_SKIPS" not in os.environ:
     pytest.importorskip("vllm")
 
+import reference
 from vllm_engine import Kept, recording
 
 import moescope
@@ -231,6 +232,56 @@ def test_a_trace_that_cannot_be_written_fails_the_run(qwen: Kept, tmp_path: Path
     qwen.run_traced(requests, GREEDY, tmp_path / "again")
 
 
+def test_staging_buffers_are_lent_to_code_that_was_read(qwen: Kept) -> None:
+    found = qwen.engine.llm.collective_rpc(_reads_alone)
+    assert found == [[True, True, True]]
+
+
+def _reads_alone(worker: Any) -> list[bool]:
+    from moescope.adapters.vllm_routing import _only_reads
+
+    return [_only_reads(layer.runner) for layer in worker.moescope_recorder._layers]
+
+
+@pytest.mark.parametrize(("experts", "held", "plain"), [(32, 17, False), (32, 36, False), (30, 32, True), (4, 8, True)])
+def test_groups_are_told_by_the_experts_of_the_model(experts: int, held: int, plain: bool) -> None:
+    """A layer holds fewer experts where some are substituted, and more where some are redundant."""
+    from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import GroupedTopKRouter
+
+    from moescope.adapters.vllm_routing import _falls_back
+
+    router = GroupedTopKRouter(top_k=2, global_num_experts=held, num_expert_group=4, topk_group=2, eplb_state=None)
+    assert _falls_back(router, experts) is plain
+
+
+def test_a_write_to_lent_memory_is_seen() -> None:
+    import torch
+
+    from moescope.adapters.vllm_routing import _Lent
+
+    buffers = torch.zeros((2, 8, 4)), torch.zeros((2, 8, 4), dtype=torch.int32)
+    writes: list[Callable[[Any, Any], Any]] = [
+        lambda weights, ids: ids.copy_(ids + 1),
+        lambda weights, ids: weights.masked_fill_(ids > 3, 0.0),
+        lambda weights, ids: ids.view(-1)[3:].fill_(1),
+        lambda weights, ids: ids.__setitem__(0, 5),
+        lambda weights, ids: torch.mul(weights, 2, out=weights),
+    ]
+    with torch.inference_mode():
+        for write in writes:
+            lent = _Lent("layer 3")
+            lent.check()
+            given = [buffer[1, :5].data for buffer in buffers]
+            given[1].fill_(7)  # what routes writes before it returns
+            lent.lend(*given)
+            for buffer in buffers:  # the recorder's own
+                buffer.fill_(1)
+            lent.check()
+            write(*given)
+            with pytest.raises(RuntimeError, match="layer 3 cannot be recorded: vLLM wrote to"):
+                lent.check()
+
+
 def test_a_layer_that_stages_nothing_is_found(qwen: Kept) -> None:
     """Last in this file: the engine is not whole afterwards."""
     requests = qwen.requests(5, seed=8)
@@ -299,3 +350,60 @@ def test_counts_equal_transformers(
         ids = np.random.default_rng(12).integers(6, 128, 100).astype(np.int32)
         assert kept.assert_distributions_equal(ids) == 100
         assert kept.engine.distributions(ids) is None, "its first tokens come from the cache and are not routed"
+
+
+@pytest.mark.parametrize(("family", "eager"), [("qwen3_moe", False), ("deepseek_v3", True)])
+def test_what_was_staged_outlives_writes_to_what_the_router_returned(
+    tmp_path: Path, family: str, eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that overwrite ids and weights: the record holds what they were given, not what they made of it."""
+    import overwriting
+
+    monkeypatch.setenv(overwriting.VARIABLE, "experts")
+    changes = {
+        "worker_cls": "overwriting.OverwritingWorker",
+        "enforce_eager": eager,
+        "async_scheduling": False,  # every row that is routed counts
+    }
+    with recording(family, tmp_path, engine_args=changes) as kept:
+        layers = kept.engine.model.layer_indices
+        assert kept.engine.llm.collective_rpc(_reads_alone) == [[False] * len(layers)]
+        assert kept.engine.llm.collective_rpc(overwriting.overwriting) == [len(layers)]
+        kept.engine.llm.collective_rpc(overwriting.given)  # those of the warm-up
+        done = kept.engine.run(kept.requests(16, seed=31, longest=100), GREEDY, 0)
+        (given,) = kept.engine.llm.collective_rpc(overwriting.given)
+        arrays = {name: array.sum(axis=(0, 1)) for name, array in done.sums.parts[0].arrays().items()}
+        counts, weights = np.array([given[layer] for layer in layers]).transpose(1, 0, 2)
+        np.testing.assert_array_equal(arrays["selection_counts"], counts)
+        np.testing.assert_allclose(arrays["weight_sums"] / 2**24, weights, atol=1e-3)
+        assert (counts != np.roll(counts, 1, axis=1)).any(), "what the experts made of it is the same"
+
+
+def test_verify_says_in_one_line_what_it_needs(tmp_path: Path) -> None:
+    """On a CPU vLLM cannot capture: model runner V2, which the capture needs, does not run there."""
+    with (
+        pytest.raises(OptionError, match=r"^--verify: .*Model Runner V2.*leave out --verify$") as found,
+        recording("qwen3_moe", tmp_path, verify=0.5),
+    ):
+        pass
+    assert "\n" not in str(found.value)
+    with (
+        pytest.raises(OptionError, match="leave out enable_prefix_caching"),
+        recording("qwen3_moe", tmp_path, verify=0.5, engine_args={"enable_prefix_caching": False}),
+    ):
+        pass
+
+
+def test_a_prefix_cache_that_is_on_for_the_capture_alone_is_not_read(tmp_path: Path) -> None:
+    """Prompts that begin alike, or are the same, are routed whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moescope.adapters.vllm._capture_arguments", lambda _given: {"enable_prefix_caching": True})
+        with recording("qwen3_moe", tmp_path, verify=1e-9, engine_args={"block_size": 32}) as kept:
+            ids = np.random.default_rng(41).integers(6, 128, 100).astype(np.int32)
+            requests = [Request(ids, i % 3, reference.split(ids.tolist())) for i in range(6)]
+            for batch in range(2):
+                done = kept.engine.run(requests, GREEDY, batch)
+                kept.assert_equal(requests, done.sums.parts[0])
+            assert kept.assert_distributions_equal(ids, 100) == 100
+            assert kept.engine.info.options["prefix_caching"] is True
+            assert kept.engine.findings()["skipped_by_prefix_cache"] == 0

@@ -4,12 +4,16 @@ The tables below are what `moescope.adapters.vllm*` take from vLLM, file by file
 default are among them where losing one would silently lift a refusal.
 """
 
+import ast
 import os
+import textwrap
 from typing import Any, NoReturn
 
 import pytest
 from vllm_sources import Sources, UnreachableError, parameters, positional
+from vllm_writes import Write, find_writes
 
+from moescope.adapters import vllm
 from moescope.adapters.vllm_plugin import PATCHED, supported
 from moescope.adapters.vllm_routing import _REFUSED, ROUTERS
 
@@ -38,9 +42,16 @@ _LLM = "vllm/entrypoints/llm.py"
 _CORE = "vllm/v1/engine/core.py"
 _CLIENT = "vllm/v1/engine/core_client.py"
 _ARGUMENTS = "vllm/engine/arg_utils.py"
+_CONFIG = "vllm/config/vllm.py"
+_CACHE_MANAGER = "vllm/v1/core/kv_cache_manager.py"
+_ROUTED = f"{_MOE}/routed_experts.py"
+#: Whose presence tells the adapter that vLLM's own capture needs the prefix cache.
+_CAPTURE_BESIDE_CACHE = f"{vllm._CAPTURE_BESIDE_CACHE.replace('.', '/')}.py"
+_CAPTURE = "vllm/distributed/aux_output_connector/connector.py"
+_SUBSTITUTION = f"{_MOE}/expert_substitution.py"
 
 #: Files that came later: the first version that has them.
-SINCE = {_CPU_ROUTER: "0.30.0"}
+SINCE = {_CPU_ROUTER: "0.30.0", _CAPTURE_BESIDE_CACHE: "0.31.0", _CAPTURE: "0.31.0", _SUBSTITUTION: "0.33.0"}
 
 #: Where each router class is that the adapter knows by name.
 ROUTER_FILES = {
@@ -77,10 +88,14 @@ MEMBERS: tuple[tuple[str, str | None, str], ...] = (
     (_RUNNER_V2, "ExecuteModelState", "input_batch"),
     (_BATCH_V2, "InputBatch", "req_ids"),
     # the MoE layers
-    (_MOE_RUNNER, "MoERunner", "router gate moe_config routed_experts layer_id is_monolithic"),
-    (f"{_MOE}/routed_experts.py", "RoutedExperts", "quant_method"),
+    (
+        _MOE_RUNNER,
+        "MoERunner",
+        "router gate moe_config routed_experts layer_id is_monolithic _forward_impl _apply_quant_method",
+    ),
+    (_ROUTED, "RoutedExperts", "quant_method forward_modular"),
+    (_SUBSTITUTION, "SubstitutedRoutedExperts", "forward_modular"),
     (f"{_MOE}/config.py", "FusedMoEConfig", "num_logical_experts experts_per_token hidden_dim"),
-    (_BASE_ROUTER, "BaseRouter", "global_num_experts"),
     (_TOPK, "FusedTopKRouter", "scoring_func renormalize"),
     (
         _TOPK_BIAS,
@@ -144,7 +159,7 @@ MEMBERS: tuple[tuple[str, str | None, str], ...] = (
     (
         "vllm/sampling_params.py",
         "SamplingParams",
-        "max_tokens temperature seed stop_token_ids ignore_eos detokenize extra_args",
+        "max_tokens temperature seed stop_token_ids ignore_eos detokenize extra_args skip_reading_prefix_cache",
     ),
     ("vllm/outputs.py", "RequestOutput", "request_id outputs num_cached_tokens"),
     ("vllm/outputs.py", "CompletionOutput", "token_ids routed_experts"),
@@ -206,6 +221,23 @@ FACTS: tuple[tuple[str, str | None, str | None, str, int | None], ...] = (
     (_MOE_RUNNER, "MoERunner", None, "self.router.select_experts(", 1),
     (_MOE_RUNNER, "MoERunner", "layer_id", "extract_layer_index(self.layer_name)", 1),
     (_MOE_RUNNER, "MoERunner", "is_monolithic", "self.routed_experts.quant_method.is_monolithic", 1),
+    # what it chose goes to the experts alone, and from their own class to the quantisation method alone
+    (_MOE_RUNNER, "MoERunner", None, "self._apply_quant_method(", 1),
+    (_MOE_RUNNER, "MoERunner", "_forward_impl", "self._apply_quant_method(", 1),
+    (_MOE_RUNNER, "MoERunner", "_apply_quant_method", "self.router.select_experts(", 1),
+    (_MOE_RUNNER, "MoERunner", "_apply_quant_method", "topk_ids", 1),
+    (_MOE_RUNNER, "MoERunner", "_apply_quant_method", "self.routed_experts.forward_modular(", 1),
+    (_ROUTED, "RoutedExperts", "forward_modular", "topk_ids", 1),
+    (_ROUTED, "RoutedExperts", "forward_modular", "self.quant_method.apply(", 1),
+    # whether groups are used is told by the logits, not by how many experts the layer holds
+    (_GROUPED, "GroupedTopKRouter", "_compute_routing", "router_logits.shape[-1]", None),
+    # substituted experts are a class of their own, whose `forward_modular` is the first to see what was chosen; the
+    # router's ids are those of the model, as vLLM's own capture gets them
+    (_SUBSTITUTION, "SubstitutedRoutedExperts", "forward_modular", "self.expert_substitution.transform_routes(", 1),
+    (_BASE_ROUTER, "BaseRouter", "_select_experts", "self.capture_fn(", 1),
+    # a request that is told not to read from the prefix cache finds nothing in it, when it starts and when it resumes
+    (_REQUEST, "Request", "get_skip_reading_prefix_cache", "self.sampling_params.skip_reading_prefix_cache", None),
+    (_CACHE_MANAGER, "KVCacheManager", None, "request.skip_reading_prefix_cache", None),
     # the plug-in is loaded in every process, and compiled graphs with it are told from those without
     ("vllm/plugins/__init__.py", None, None, "'vllm.general_plugins'", 1),
     (_WORKER_BASE, "WorkerWrapperBase", None, "load_general_plugins(", 1),
@@ -215,6 +247,12 @@ FACTS: tuple[tuple[str, str | None, str | None, str, int | None], ...] = (
     ("vllm/envs.py", None, None, "'VLLM_MOE_ROUTING_SIMULATION_STRATEGY'", None),
     ("vllm/__init__.py", None, None, "'.entrypoints.llm:LLM'", 1),
     ("vllm/__init__.py", None, None, "'.sampling_params:SamplingParams'", 1),
+)
+
+#: Facts of the version given and later ones: vLLM's own capture needs the prefix cache and model runner V2.
+LATER_FACTS: tuple[tuple[str, tuple[str, str | None, str | None, str, int | None]], ...] = tuple(
+    ("0.31.0", (_CONFIG, "VllmConfig", "_verify_aux_output_compatibility", expression, 1))
+    for expression in ("not self.cache_config.enable_prefix_caching", "not self.use_v2_model_runner")
 )
 
 #: File, class, and how it is decorated: a step takes attributes that it was not made with, and pickling keeps them.
@@ -234,9 +272,76 @@ INHERITED = (
     (_CPU_WORKER, "CPUWorker", "load_model"),
 )
 
+#: Where what a router returns goes to: the layers, the quantisation methods and what they call. Models have code of
+#: their own for it too, which overrides a method of the runner or of the experts and so gets copies, or calls a router
+#: that is refused; that was seen by reading every file of 0.26.0 and 0.33.0 that names `topk_ids` or `topk_weights`.
+RECEIVERS = (
+    f"{_MOE}/",
+    "vllm/model_executor/layers/quantization/",
+    "vllm/distributed/device_communicators/",
+    "vllm/lora/",
+    "vllm/_custom_ops.py",
+    "vllm/_aiter_ops.py",
+)
+
+_BEFORE = "a router writes to its own tensors before it returns them"
+_OTHER = "not what a router returned: another tensor, which takes the same way by name"
+_REFUSED_HERE = "the adapter refuses this router"
+_ROCM = "shared experts fused into the top-k (ROCm), which the adapter refuses"
+_COPIED = "a class of its own: copies are staged"
+
+#: Writes that were read and are harmless: file, function, the operation, and why.
+HARMLESS: tuple[tuple[str, str, str, str], ...] = (
+    (_SUBSTITUTION, "ConstantExpertSubstitution.transform_routes",
+     "topk_ids.copy_(routes.clamp_min(0).to(topk_ids.dtype))", _COPIED),
+    (_SUBSTITUTION, "ConstantExpertSubstitution.transform_routes",
+     "topk_weights.masked_fill_(~valid | substituted, 0.0)", _COPIED),
+    (f"{_MOE}/b12x.py", "B12xExperts.warmup_launches",
+     "topk_ids.remainder_(int(prepared.num_experts))", "ids of its own, for a warm-up"),
+    (f"{_MOE}/experts/rocm_aiter_moe.py", "inject_shared_expert_weights",
+     "topk_weights[:, topk:topk + num_fused_shared_experts] = shared_expert_weights[:token]", _ROCM),
+    (f"{_MOE}/moe_permute_unpermute.py", "MoEPermuteScratch.prepare_topk_ids",
+     "topk_ids_int32.copy_(topk_ids)", "a copy into its scratch memory"),
+    (f"{_MOE}/moe_permute_unpermute.py", "moe_prepare_scatter",
+     "scratch.expert_first_token_offset.zero_()", _OTHER),
+    (f"{_MOE}/prepare_megamoe.py", "_store_topk",
+     "tl.store(topk_weights_out + token_id[:, None] * topk_weights_out_stride_m + topk_offsets[None, :] * "
+     "topk_weights_out_stride_k, weights, mask=topk_mask)", _OTHER),
+    (f"{_MOE}/router/dsv4_topk.py", "_dsv4_topk_kernel",
+     "tl.store(topk_ids_ptr + output_offsets, selected_ids, mask=output_mask)", _BEFORE),
+    (f"{_MOE}/router/dsv4_topk.py", "_dsv4_topk_kernel",
+     "tl.store(topk_weights_ptr + output_offsets, selected_weights, mask=output_mask)", _BEFORE),
+    (_TOPK_BIAS, "_topk_softplus_sqrt_torch", "topk_indices.copy_(expert_ids)", _BEFORE),
+    (_TOPK_BIAS, "_topk_softplus_sqrt_torch", "topk_indices.copy_(indices)", _BEFORE),
+    (_TOPK_BIAS, "_topk_softplus_sqrt_torch", "topk_weights.copy_(weights * routed_scaling_factor)", _BEFORE),
+    (_TOPK_BIAS, "fused_topk_bias", "topk_weights *= routed_scaling_factor", _BEFORE),
+    (_GROUPED, "GroupedTopKRouter._compute_routing", "topk_weights *= self.routed_scaling_factor", _BEFORE),
+    *(
+        (ROUTER_FILES["ZeroExpertRouter"], "ZeroExpertRouter._compute_routing", text, _REFUSED_HERE)
+        for text in (
+            "topk_ids[zero_mask] = 0",
+            "topk_weights *= self.routed_scaling_factor",
+            "topk_weights[zero_mask] = 0.0",
+        )
+    ),
+    (f"{_MOE}/topk_weight_and_reduce.py", "TopKWeightAndReduceContiguous.apply",
+     "fused_expert_output.mul_(topk_weights.view(m, -1, 1))", _OTHER),
+    (f"{_MOE}/topk_weight_and_reduce.py", "TopKWeightAndReduceNaiveBatched.apply",
+     "rhs.mul_(topk_weights[matching_tokens].view(rhs.size(0), 1))", _OTHER),
+    *(
+        (f"vllm/distributed/device_communicators/{name}.py", f"{owner}.all_gather", "dim += input_.dim()", "a number")
+        for name, owner in (
+            ("base_device_communicator", "DeviceCommunicatorBase"),
+            ("cpu_communicator", "CpuCommunicator"),
+            ("cuda_communicator", "CudaCommunicator"),
+        )
+    ),
+)  # fmt: skip
+
 FILES = sorted(
     {row[0] for table in (PATCHED, MEMBERS, SIGNATURES, FACTS, DECORATED, BASES, INHERITED) for row in table}
     | set(ROUTER_FILES.values())
+    | set(RECEIVERS)
 )
 
 
@@ -282,6 +387,8 @@ def test_versions_are_the_supported_ones() -> None:
 def test_files_are_there(sources: Sources) -> None:
     expected = [path for (path,) in _rows(sources, tuple((path,) for path in FILES))]
     assert [path for path in expected if not sources.has(path)] == []
+    early = [path for path in FILES if path not in expected and sources.has(path)]
+    assert early == [], "these came earlier than SINCE says"
 
 
 def test_patched_functions_are_there(sources: Sources) -> None:
@@ -324,7 +431,8 @@ def test_signatures_fit(sources: Sources) -> None:
 
 def test_facts_hold(sources: Sources) -> None:
     wrong = []
-    for path, owner, name, expression, times in _rows(sources, FACTS):
+    later = [fact for version, fact in LATER_FACTS if _number(sources.version) >= _number(version)]
+    for path, owner, name, expression, times in _rows(sources, (*FACTS, *later)):
         count = sources.occurrences(path, owner, name, expression)
         if count != times if times is not None else not count:
             wrong.append(f"{_where(path, owner, name)} has {expression!r} {count} times")
@@ -346,3 +454,54 @@ def test_classes_inherit_what_is_patched(sources: Sources) -> None:
         own = sources.members(path, owner)
         wrong += [f"{_where(path, owner, name)} replaces what is patched" for name in names.split() if name in own]
     assert not wrong, "\n".join(wrong)
+
+
+def _found(sources: Sources) -> list[Write]:
+    """Writes to what routers return, in the files that get it."""
+    files = [path for folder in RECEIVERS for path in sources.files(folder)]
+    return find_writes({path: sources.tree(path) for path in files if sources.mentions(path, ("topk_",))})
+
+
+def test_nothing_writes_to_what_routers_return(sources: Sources) -> None:
+    """On a GPU these are the recorder's own staging buffers."""
+    allowed = {Write(*row[:3]) for row in HARMLESS}
+    found = _found(sources)
+    wrong = [f"{_where(write.path, write.function)}: {write.text}" for write in found if write not in allowed]
+    assert not wrong, "written to after routing; stage copies there, or say in HARMLESS why not:\n" + "\n".join(wrong)
+    # the search finds what there is: this one is in every version, and substituted experts write from 0.33 on
+    assert Write(_GROUPED, "GroupedTopKRouter._compute_routing", "topk_weights *= self.routed_scaling_factor") in found
+    expected = {Write(*row[:3]) for row in HARMLESS if row[3] == _COPIED} if sources.has(_SUBSTITUTION) else set()
+    assert {write for write in found if write.path == _SUBSTITUTION} == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("topk_ids[0] = 1", "topk_ids[0] = 1"),
+        ("topk_weights *= 2", "topk_weights *= 2"),
+        ("ids = topk_ids.view(-1)\n    ids[mask] -= 1", "ids[mask] -= 1"),
+        ("a, b = x, topk_weights\n    b.data.mul_(2)", "b.data.mul_(2)"),
+        ("torch.add(x, 1, out=topk_ids)", "torch.add(x, 1, out=topk_ids)"),
+        ("torch.clamp_(topk_ids, 0)", "torch.clamp_(topk_ids, 0)"),
+        ("dist.all_reduce(topk_weights)", "dist.all_reduce(topk_weights)"),
+        ("torch.flatten(topk_ids).fill_(0)", "torch.flatten(topk_ids).fill_(0)"),
+        ("self.other(x, topk_ids)", "chosen.zero_()"),
+        ("kernel[(1,)](topk_ids, x)", "tl.store(p + 1, x)"),
+        ("ids = topk_ids.clone()\n    ids.add_(1)", None),
+        ("x.copy_(topk_ids)", None),
+        ("x = torch.empty_like(topk_ids)\n    x[0] = topk_ids[0]", None),
+    ],
+)
+def test_writes_are_found(body: str, text: str | None) -> None:
+    source = f"""
+class Experts:
+    def apply(self, x, topk_weights, topk_ids, mask):
+{textwrap.indent(body.replace(chr(10) + "    ", chr(10)), "        ")}
+
+    def other(self, y, chosen):
+        chosen.zero_()
+
+def kernel(p, x):
+    tl.store(p + 1, x)
+"""
+    assert [write.text for write in find_writes({"a.py": ast.parse(source)})] == ([] if text is None else [text])

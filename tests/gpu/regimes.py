@@ -4,11 +4,13 @@
     python -m tests.gpu.regimes qwen3 deepseek   # some
     python -m tests.gpu.regimes --parallel 2     # cases for two GPUs
 
-Each case is a process of its own; a row says what was compared. Exit code 1 if a case fails.
+Each case is a process of its own; a row says what was compared. The first row names the version of vLLM; a case that it
+cannot run says so. Exit code 1 if a case fails.
 """
 
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import os
 import socket
@@ -22,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from moescope.adapters.vllm import vllm_version
+
 PROMPTS, LONGEST, NEW = 96, 200, 48
 DOMAINS = 3
 
@@ -29,6 +33,14 @@ DOMAINS = 3
 def _case(shape: str, config: dict[str, Any] | None = None, /, **options: Any) -> dict[str, Any]:
     return {"shape": shape, "config": config or {}, **options}
 
+
+#: Half of the experts of most layers replaced by constants, as a pruned checkpoint of vLLM 0.33 says it.
+SUBSTITUTED: dict[str, Any] = {
+    "approximate_experts": {str(layer): list(range(layer, 32, 2)) for layer in (0, 1, 3, 4)},
+}
+WRITER = {"worker_cls": "tests.helpers.overwriting.OverwritingWorker"}
+#: In this process, so that the engine's own words are heard.
+INTRUDER = {"MOESCOPE_TEST_WRITER": "method", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 #: name: shape, changes to the config, engine arguments, environment, options of the case.
 CASES: dict[str, dict[str, Any]] = {
@@ -39,10 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3-full": _case("qwen3", args={"compilation_config": {"cudagraph_mode": "FULL"}}),
     "qwen3-sync": _case("qwen3", args={"async_scheduling": False}),
     "qwen3-chunked": _case("qwen3", args={"max_num_batched_tokens": 64, "max_num_seqs": 32}),
-    "qwen3-preempt": _case("qwen3", args={"num_gpu_blocks_override": 60}, preempted=True),
-    "qwen3-preempt-sync": _case(
-        "qwen3", args={"num_gpu_blocks_override": 60, "async_scheduling": False}, preempted=True
-    ),
+    "qwen3-preempt": _case("qwen3", args={"num_gpu_blocks_override": 60}),
+    "qwen3-preempt-sync": _case("qwen3", args={"num_gpu_blocks_override": 60, "async_scheduling": False}),
     "qwen3-prefix": _case("qwen3", args={"enable_prefix_caching": True}, shared=True),
     "qwen3-prefix-preempt": _case(
         "qwen3", args={"enable_prefix_caching": True, "num_gpu_blocks_override": 60}, shared=True
@@ -61,16 +71,16 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "qwen3-lora": _case("qwen3", args={"enable_lora": True, "max_lora_rank": 8}),
     "qwen3-sleep": _case("qwen3", args={"enable_sleep_mode": True}, sleep=True),
-    # model runner V2 of vLLM 0.26 has no capture of its own
-    "qwen3-v2": _case("qwen3", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, capture=False),
-    "qwen3-v2-preempt": _case(
-        "qwen3",
-        args={"num_gpu_blocks_override": 60},
-        env={"VLLM_USE_V2_MODEL_RUNNER": "1"},
-        capture=False,
-        preempted=True,
-    ),
-    "deepseek-v2": _case("deepseek", env={"VLLM_USE_V2_MODEL_RUNNER": "1"}, capture=False),
+    # of its two model runners, a version of vLLM captures routing in one
+    **{
+        f"{shape}-{runner}{suffix}": _case(shape, runner=runner, **options)
+        for runner in ("v1", "v2")
+        for shape, suffix, options in (
+            ("qwen3", "", {}),
+            ("qwen3", "-preempt", {"args": {"num_gpu_blocks_override": 60}}),
+            ("deepseek", "", {}),
+        )
+    },
     "qwen3-int4": _case("qwen3", {"quantization": "gptq"}, args={"moe_backend": "emulation"}),
     "qwen3-all": _case("qwen3", probabilities="all", coactivation=True),
     "qwen3-nan": _case("qwen3", nan=True, capture=False, probabilities="off"),
@@ -87,6 +97,19 @@ CASES: dict[str, dict[str, Any]] = {
     "minimax-fp8": _case("minimax", {"quantization": "fp8"}),
     "minimax-all": _case("minimax", probabilities="all", coactivation=True),
     "minimax-nan": _case("minimax", nan=True, capture=False, probabilities="off"),
+    **{
+        f"{shape}-{name}{suffix}": _case(shape, *config, args={"enforce_eager": bool(suffix), **args}, **options)
+        for shape in ("qwen3", "minimax", "deepseek")
+        for suffix in ("", "-eager")
+        for name, config, args, options in (
+            # vLLM's own experts that write to what the router returned
+            ("substituted", (SUBSTITUTED,), {}, {"needs": "vllm.model_executor.layers.fused_moe.expert_substitution"}),
+            # a class of experts that does, in every version
+            ("overwritten", (), WRITER, {"env": {"MOESCOPE_TEST_WRITER": "experts"}}),
+            # a write that nothing announces: the engine stops, or, where copies are staged, the record stands
+            ("intruder", (), WRITER, {"env": INTRUDER, "stops": shape != "deepseek"}),
+        )
+    },
 }
 #: Cases for two GPUs.
 PARALLEL: dict[str, dict[str, Any]] = {
@@ -114,11 +137,13 @@ PARALLEL: dict[str, dict[str, Any]] = {
 
 def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
     """Run one case in this process; the row says what held."""
-    from moescope.adapters.vllm import VllmEngine
+    from moescope.adapters.vllm import VllmEngine, captures_beside_cache
     from moescope.profiler.engine import Generation
-    from moescope.profiler.errors import InvariantError
+    from moescope.profiler.errors import InvariantError, MoescopeError
     from tests.gpu.shapes import FP8, GPTQ, SMALL, write_config
 
+    if "needs" in case and importlib.util.find_spec(case["needs"]) is None:
+        return {"case": name, "ok": True, "skipped": f"vLLM {vllm_version()} has no {case['needs']}"}
     changes = dict(case["config"])
     quantization = changes.pop("quantization", None)
     if quantization:
@@ -135,17 +160,25 @@ def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
         "kv_cache_memory_bytes": 2**28,
         **case.get("args", {}),
     }
-    capture = case.get("capture", True)
+    capturing = "v2" if captures_beside_cache() else "v1"
+    capture = case.get("capture", True) and not case.get("stops") and case.get("runner", capturing) == capturing
     started = time.monotonic()
-    engine = VllmEngine(
-        model,
-        probabilities=case.get("probabilities", "sample"),
-        coactivation=case.get("coactivation", False),
-        verify=0.25 if capture else 0.0,
-        engine_args=arguments,
-    )
+
+    def start() -> VllmEngine:
+        return VllmEngine(
+            model,
+            probabilities=case.get("probabilities", "sample"),
+            coactivation=case.get("coactivation", False),
+            verify=0.25 if capture else 0.0,
+            engine_args=arguments,
+        )
+
+    if case.get("stops"):
+        return {"case": name} | _stopped(start, case, MoescopeError)
+    engine = start()
     row: dict[str, Any] = {"case": name, "start_s": round(time.monotonic() - started, 1)}
     try:
+        row |= _writers(engine, case)
         if case.get("nan"):
             return row | _with_nan(engine, InvariantError)
         requests = _requests(case)
@@ -180,6 +213,40 @@ def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
         _wait_for_replicas()
         engine.close()
     return row
+
+
+def _stopped(start: Callable[[], Any], case: dict[str, Any], error: type[Exception]) -> dict[str, Any]:
+    """An engine that writes to lent memory says so, when it starts or when it routes its first request."""
+    from moescope.profiler.engine import Generation
+
+    engine = None
+    try:
+        engine = start()
+        engine.run(_requests(case), Generation(4, 1.0, 7), 0)
+    except error as found:
+        text = str(found)
+        assert "vLLM wrote to what its router had returned" in text, text
+        return {"ok": True, "said": text, "at": "start" if engine is None else "the first request"}
+    finally:
+        if engine is not None:
+            engine.close()
+    raise AssertionError("a write to what the router had returned went unnoticed")
+
+
+def _writers(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """Layers whose experts write to what their router returned, and layers that get the staging buffers themselves."""
+    writing, lent = engine.llm.collective_rpc(_count_writers)[0]
+    if "approximate_experts" in case["config"] or "worker_cls" in case.get("args", {}):
+        assert writing > 0, "nothing writes to what the routers return"
+    return {"writing_layers": writing, "layers_that_only_read": lent}
+
+
+def _count_writers(worker: Any) -> tuple[int, int]:
+    from moescope.adapters.vllm_routing import _only_reads
+
+    layers = [layer.runner for layer in worker.moescope_recorder._layers]
+    substituted = sum(type(layer.routed_experts).__name__ == "SubstitutedRoutedExperts" for layer in layers)
+    return substituted + getattr(worker, "overwriting", 0), sum(_only_reads(layer) for layer in layers)
 
 
 def _wait_for_replicas() -> None:
@@ -338,6 +405,8 @@ def _poison(worker: Any, victim: int) -> None:
 def _start(name: str, limit: float) -> dict[str, Any]:
     case = (CASES | PARALLEL)[name]
     environment = os.environ | case.get("env", {})
+    if "runner" in case:
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(case["runner"] == "v2"))
     environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     replicas = case.get("replicas", 1)
     if replicas == 1:
@@ -413,13 +482,18 @@ def main() -> None:
     if options.logs:
         os.environ["MOESCOPE_TEST_LOGS"] = options.logs
     start: Callable[[str], dict[str, Any]] = lambda name: _start(name, options.limit)  # noqa: E731
+    print(json.dumps({"vllm": vllm_version(), "cases": len(names)}), flush=True)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         rows = []
         for row in pool.map(start, names):
             rows.append(row)
             print(json.dumps(row), flush=True)
     failed = [row["case"] for row in rows if not row.get("ok")]
-    print(f"{len(rows) - len(failed)} of {len(rows)} cases hold; failed: {', '.join(failed) or 'none'}")
+    skipped = [row["case"] for row in rows if row.get("skipped")]
+    print(
+        f"{len(rows) - len(failed) - len(skipped)} of {len(rows)} cases hold; failed: {', '.join(failed) or 'none'}; "
+        f"skipped: {', '.join(skipped) or 'none'}"
+    )
     sys.exit(bool(failed))
 
 

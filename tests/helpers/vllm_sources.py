@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,6 +124,8 @@ def _files() -> dict[str, str] | str:
 def _fetch(version: str, paths: Collection[str]) -> tuple[dict[str, str | None], int]:
     """Texts of files of one version, None for those that it lacks, and the bytes that this took.
 
+    A path that ends with a slash is a folder: all Python files below it come, and its own text lists them.
+
     Raises:
         UnreachableError: The index cannot be had.
         LookupError: The index has no such version.
@@ -151,9 +153,10 @@ def _from_wheel(url: str, paths: Collection[str]) -> tuple[dict[str, str | None]
     with RemoteFile(url) as remote, zipfile.ZipFile(remote) as archive:
         places = {entry.filename: entry.header_offset for entry in archive.infolist()}
         texts: dict[str, str | None] = dict.fromkeys(paths)
-        for path in sorted(set(paths) & set(places), key=places.__getitem__):  # in file order: neighbours share blocks
+        wanted = [path for path in places if _is_wanted(path, paths)]
+        for path in sorted(wanted, key=places.__getitem__):  # in file order: neighbours share blocks
             texts[path] = archive.read(path).decode()
-        return texts, remote.fetched
+        return texts | _listings(texts), remote.fetched
 
 
 def _from_source(url: str, paths: Collection[str]) -> tuple[dict[str, str | None], int]:
@@ -162,10 +165,24 @@ def _from_source(url: str, paths: Collection[str]) -> tuple[dict[str, str | None
         size = int(response.headers.get("Content-Length", 0))
         for member in archive:
             path = member.name.partition("/")[2]  # below the folder that is named for the version
-            content: IO[bytes] | None = archive.extractfile(member) if path in texts else None
+            content: IO[bytes] | None = archive.extractfile(member) if _is_wanted(path, paths) else None
             if content is not None:
                 texts[path] = content.read().decode()
-    return texts, size
+    return texts | _listings(texts), size
+
+
+def _is_wanted(path: str, paths: Collection[str]) -> bool:
+    folders = tuple(one for one in paths if one.endswith("/"))
+    return path in paths or (path.endswith(".py") and path.startswith(folders))
+
+
+def _listings(texts: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The texts of folders."""
+    return {
+        folder: "\n".join(sorted(path for path in texts if path != folder and path.startswith(folder)))
+        for folder in texts
+        if folder.endswith("/")
+    }
 
 
 class Sources:
@@ -173,7 +190,7 @@ class Sources:
 
     Args:
         version: Version of vLLM.
-        paths: The files, by their path in the wheel.
+        paths: The files, by their path in the wheel; with a slash at the end, folders.
         cache: Folder for what was fetched.
 
     Attributes:
@@ -202,6 +219,14 @@ class Sources:
     def has(self, path: str) -> bool:
         """Whether the version has this file."""
         return self._texts[path] is not None
+
+    def files(self, path: str) -> list[str]:
+        """The Python files below a folder, or the one file."""
+        return (self._texts[path] or "").splitlines() if path.endswith("/") else [path] if self.has(path) else []
+
+    def mentions(self, path: str, words: Collection[str]) -> bool:
+        """Whether a file holds one of some words."""
+        return any(word in (self._texts[path] or "") for word in words)
 
     def tree(self, path: str) -> ast.Module:
         """A file, parsed; empty if there is none."""
