@@ -90,8 +90,8 @@ class Forward:
             cache = self.cache
         if cache is not None and (after := cached_columns(cache)) != self.past + self.width:
             raise ModelError(
-                f"a forward brought {self.width} columns to a cache of {self.past}, which holds {after} afterwards; "
-                "moescope cannot tell where the tokens stand: does this model take the cache under that name?"
+                f"a forward brought {self.width} columns to a cache of {self.past}, which then held {after}, not "
+                f"{self.past + self.width}; where its tokens stand is not known. Does the model take a cache so named?"
             )
         return cache
 
@@ -119,7 +119,6 @@ def cached_columns(cache: Any) -> int:
     if isinstance(cache, (tuple, list)):
         lengths = {int(layer[0].shape[-2]) for layer in cache}
     else:
-        cache = getattr(cache, "self_attention_cache", cache)
         layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayerMixin)]
         try:  # layers of linear attention do not know; a static cache answers with a tensor that it changes later
             lengths = {int(part.get_seq_length()) for part in layers or (cache,)}
