@@ -169,6 +169,7 @@ class Recording:
             return
         if forward.ids is None:
             raise ModelError("recording needs input_ids; inputs_embeds name no tokens")
+        self._pending.clear()  # of a call that failed
         past, width = forward.past, forward.width
         if forward.mask is not None:
             real = forward.mask[:, past : past + width]

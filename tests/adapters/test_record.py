@@ -170,6 +170,17 @@ def test_several_calls_add_up_and_a_failing_call_counts_nothing(model: Any) -> N
     assert recording.profile.runs[0].prompts == 2
 
 
+def test_prompts_of_a_failing_call_do_not_count_with_the_next_step(model: Any) -> None:
+    _, ids, _ = batch(9)
+    with moescope.record(model) as recording, torch.no_grad():
+        kept = {cache_name(model): model(input_ids=ids, use_cache=True)[cache_name(model)]}
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((1, 3), 10_000))
+        model(input_ids=torch.tensor([[11]]), **kept)
+    assert recording.profile.runs[0].prompts == 1
+    assert recording.profile.token_counts.tolist() == [[9, 1]]
+
+
 def test_what_cannot_be_counted_is_refused(model: Any) -> None:
     _, ids, mask = batch(4, 9)
     with moescope.record(model) as recording:
