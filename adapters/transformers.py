@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -34,6 +35,8 @@ from moescope.profiler.prompts import Prompt
 from moescope.profiler.recorder import Group, Recorder, router_distribution
 from moescope.profiler.trace_writer import TraceWriter
 
+#: The newest version of transformers that the tests of this adapter have passed with, without its patch number.
+NEWEST_TESTED: Final = (5, 24)
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 _MAX_PADDED_TOKENS: Final = {"cpu": 4096, "cuda": 32768}
 _MAX_BATCH: Final = {"cpu": 64, "cuda": 256}
@@ -69,6 +72,7 @@ class TransformersEngine:
     ) -> None:
         import transformers
 
+        _warn_if_newer(transformers.__version__)
         self.binding: Binding = bind(model, name or str(model.config._name_or_path) or type(model).__name__)
         self.model = self.binding.model
         self._model = model
@@ -273,6 +277,16 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Nothing is held beyond the model."""
+
+
+def _warn_if_newer(version: str) -> None:
+    if tuple(int(part) for part in version.split(".")[:2]) > NEWEST_TESTED:
+        tested = ".".join(map(str, NEWEST_TESTED))
+        warnings.warn(
+            f"transformers {version} is newer than {tested}, the newest that moescope was tested with; counts are held "
+            "against the requests' own lengths all the same",
+            stacklevel=3,
+        )
 
 
 def _return_freed_memory() -> None:

@@ -6,6 +6,7 @@ opens a step before a forward and commits it after.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moescope.adapters.families import FAMILIES, REFUSED, Family
+from moescope.adapters.transformers_forward import Forward, named_arguments
 from moescope.profiler.errors import ModelError
 from moescope.profiler.fingerprint import router_fingerprint
 from moescope.profiler.profile import LayerInfo, ModelInfo
@@ -30,6 +32,10 @@ _EXPERTS_PATH: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:.*\.)?experts$")
 _ROUTER_NAMES: Final = ("gate", "router")  # as the checkpoints of all families name it
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 _CHECKED_ROWS: Final = 64
+_COMPILED: Final = (
+    "a compiled model cannot be recorded: torch.compile traces or skips what counts. Call the model itself, not a "
+    "compiled one; generate with a static cache compiles by itself on a GPU, so pass it disable_compile=True"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +141,16 @@ def bind(model: Any, name: str) -> Binding:
         groups=_router_groups(layers[0].router),
     )
     unchecked = set(range(len(layers))) if family.proportional else set()
-    return Binding(info, family, model.base_model, tuple(layers), unchecked)
+    body = model.base_model
+    hooked = {body, *(layer.experts for layer in layers), *(layer.router for layer in layers)}
+    if any(_is_compiled(module) and hooked & set(module.modules()) for module in model.modules()):
+        raise ModelError(f"{name}: {_COMPILED}")
+    return Binding(info, family, body, tuple(layers), unchecked)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what torch.compile(module) or module.compile() made."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _router(model: Any, path: str, name: str) -> nn.Module:
@@ -294,58 +309,6 @@ class Rows:
         return counted, group
 
 
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """What one forward of the body was given.
-
-    Attributes:
-        ids: int64 (B, S) token ids, or None if it was given embeddings.
-        batch: Rows B.
-        width: Columns S.
-        past: Columns that its cache already holds.
-        mask: bool (B, at least past + S) on the CPU, True where there is a token; None if no such mask was given.
-        opaque_mask: Whether a mask was given in another form.
-        cache: Its cache, or None.
-    """
-
-    ids: Tensor | None
-    batch: int
-    width: int
-    past: int
-    mask: Tensor | None
-    opaque_mask: bool
-    cache: Any
-
-    @classmethod
-    def of(cls, given: dict[str, Any]) -> Self:
-        """Read the arguments of a forward, by name."""
-        ids = given.get("input_ids")
-        shaped = ids if ids is not None else given.get("inputs_embeds")
-        if shaped is None:
-            raise ModelError("the model's forward was called without input_ids")
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
-        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        return cls(
-            ids=ids,
-            batch=int(shaped.shape[0]),
-            width=int(shaped.shape[1]),
-            past=0 if cache is None else _cached_columns(cache),
-            mask=None if plain is None else plain.cpu() != 0,
-            opaque_mask=mask is not None and plain is None,
-            cache=cache,
-        )
-
-
-def _cached_columns(cache: Any) -> int:
-    """Columns that a cache holds; layers of linear attention do not know, so the attention layers are asked."""
-    from transformers.cache_utils import CacheLayerMixin
-
-    lengths = [
-        int(layer.get_seq_length()) for layer in getattr(cache, "layers", ()) if isinstance(layer, CacheLayerMixin)
-    ]
-    return max(lengths) if lengths else int(cache.get_seq_length())
-
-
 @contextlib.contextmanager
 def overridden(target: Any, name: str, value: Any) -> Iterator[None]:
     """Give one object another attribute for a while; what it had of its own comes back."""
@@ -369,7 +332,7 @@ class Watch:
         binding: Where it routes.
         recorder: Where the routing goes.
         before: Called with the arguments of each forward of the body, before it is counted; may set `rows`.
-        after: Called with the output of each forward of the body.
+        after: Called after each forward of the body that was counted, with the cache that holds its columns, or None.
         selected: Called with each forward and bool (B, S), its cells that count, before it is counted.
     """
 
@@ -379,9 +342,9 @@ class Watch:
         binding: Binding,
         recorder: Recorder,
         *,
-        before: Callable[["Forward"], None] | None = None,
+        before: Callable[[Forward], None] | None = None,
         after: Callable[[Any], None] | None = None,
-        selected: Callable[["Forward", Tensor], None] | None = None,
+        selected: Callable[[Forward, Tensor], None] | None = None,
     ) -> None:
         self.rows: Rows | None = None
         self._model = model
@@ -390,15 +353,13 @@ class Watch:
         self._notify_before = before
         self._notify_after = after
         self._notify_selected = selected
-        self._signature = inspect.signature(binding.body.forward)
         self._stack = contextlib.ExitStack()
         self._logits: dict[int, Tensor] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             body = self._binding.body
-            stack.callback(body.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            stack.callback(body.register_forward_hook(self._after).remove)
+            stack.enter_context(overridden(body, "forward", self._watch_forward(body.forward)))
             for slot, layer in enumerate(self._binding.layers):
                 router, experts = self._router_hook(slot, layer), self._experts_hook(slot, layer)
                 stack.callback(layer.router.register_forward_hook(router).remove)
@@ -414,6 +375,8 @@ class Watch:
     ) -> None:
         self._stack.close()
         self._logits.clear()
+        if error is not None and type(error).__module__ == "torch._dynamo.exc" and _COMPILED in str(error):
+            raise ModelError(_COMPILED) from None  # torch.compile(fullgraph=True) words a refusal in its own way
 
     def expect(self, rows: Rows) -> None:
         """Announce the rows of the next call and start their sums."""
@@ -438,13 +401,32 @@ class Watch:
 
         return get_stopping_criteria
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        forward = Forward.of({**given.pop("kwargs", {}), **given})
+    def _watch_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The body's forward between a step's begin and its commit.
+
+        An attribute and no pair of hooks: what torch.compile made before looks at the one and not at the other.
+        """
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            _refuse_compiling()
+            given = self._begin(Forward.of(named_arguments(signature, args, kwargs)))
+            output = original(*args, **kwargs)
+            if self._recorder.recording:
+                cache = given.kept_in(output)
+                self._recorder.commit()
+                if self._notify_after is not None:
+                    self._notify_after(cache)
+            return output
+
+        return forward
+
+    def _begin(self, forward: Forward) -> Forward:
         if self._notify_before is not None:
             self._notify_before(forward)
         if self.rows is None:
-            return
+            return forward
         if self.rows.prompt_mask is None and forward.opaque_mask:
             raise ModelError("recording a forward needs its attention_mask as (B, S), not a mask made of it")
         counted, group = self.rows.select(forward.batch, forward.past, forward.width, forward.mask)
@@ -454,12 +436,7 @@ class Watch:
         group = group.reshape(-1) if rows is None else group.reshape(-1)[rows]
         device = self._recorder.device
         self._recorder.begin(forward.batch * forward.width, None if rows is None else rows.to(device), group.to(device))
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._recorder.recording:
-            self._recorder.commit()
-            if self._notify_after is not None:
-                self._notify_after(output)
+        return forward
 
     def _router_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
         def keep_logits(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -470,6 +447,7 @@ class Watch:
     def _experts_hook(self, slot: int, layer: MoeLayer) -> Callable[..., None]:
         @torch.no_grad()  # what is staged must not keep the graph of a user's training step alive
         def stage(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _refuse_compiling()
             logits = self._logits.pop(slot, None)
             if not self._recorder.recording:
                 return
@@ -480,6 +458,17 @@ class Watch:
             self._recorder.stage(slot, ids, weights, logits)
 
         return stage
+
+
+@torch.compiler.disable(reason=_COMPILED)  # type: ignore[no-untyped-call, untyped-decorator]
+def _refuse_compiled() -> None:
+    raise ModelError(_COMPILED)
+
+
+def _refuse_compiling() -> None:
+    """Refuse to be compiled into a forward; the refusal itself runs where the compiled forward is called."""
+    if torch.compiler.is_compiling():
+        _refuse_compiled()
 
 
 def router_logits(layer: MoeLayer, output: Any) -> Tensor:

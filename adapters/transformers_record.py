@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moescope.adapters.transformers import TransformersEngine
-from moescope.adapters.transformers_hooks import DECODE, PREFILL, Forward, Rows, Watch, overridden
+from moescope.adapters.transformers_forward import Forward, cache_anchor, named_arguments
+from moescope.adapters.transformers_hooks import DECODE, PREFILL, Rows, Watch, overridden
 from moescope.profiler.errors import ModelError
 from moescope.profiler.profile import RoutingProfile, RunInfo
 from moescope.profiler.recorder import Group
@@ -43,7 +44,7 @@ class Recording:
         self._totals = Totals(engine.model, (domain,), probabilities=probabilities, coactivation=coactivation)
         self._watch = Watch(model, engine.binding, engine.recorder, before=self._before, after=self._after)
         self._stack = contextlib.ExitStack()
-        self._caches: WeakKeyDictionary[Any, Rows] = WeakKeyDictionary()  # whose tokens a cache holds
+        self._caches = WeakIdKeyDictionary()  # by a cache's anchor, the rows whose tokens it holds
         self._sequences = 0
         self._digest = hashlib.sha256()
         self._pending: list[bytes] = []  # sequences of the call that is running; they count when it has come to its end
@@ -89,14 +90,13 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind_partial(*args, **kwargs).arguments
-            given = {**given.pop("kwargs", {}), **given}
+            given = named_arguments(signature, args, kwargs)
             ids = given.get("input_ids", given.get("inputs"))
             if not isinstance(ids, Tensor) or ids.ndim != 2:
                 raise ModelError("recording model.generate(...) needs input_ids of shape (B, S)")
@@ -169,6 +169,7 @@ class Recording:
             return
         if forward.ids is None:
             raise ModelError("recording needs input_ids; inputs_embeds name no tokens")
+        self._pending.clear()  # of a call that failed
         past, width = forward.past, forward.width
         if forward.mask is not None:
             real = forward.mask[:, past : past + width]
@@ -176,7 +177,8 @@ class Recording:
             real = torch.ones(forward.batch, width, dtype=torch.bool)
         else:
             real = self._prompt_mask(forward.ids, None, self._setting({}, "pad_token_id"))
-        rows = self._caches.get(forward.cache) if past else None
+        anchor = cache_anchor(forward.cache)
+        rows: Rows | None = self._caches[anchor] if past and anchor in self._caches else None
         if rows is None or len(rows.owners) != forward.batch:
             rows = Rows(self._owners(forward.ids, real), prompt_columns=0 if past else width)
         rows.done_columns = past
@@ -186,14 +188,13 @@ class Recording:
         for (domain, split), tokens in zip(rows.owners, real.sum(dim=1).tolist(), strict=True):
             self._expected[Group(domain, phase, split)] += tokens
 
-    def _after(self, output: Any) -> None:
+    def _after(self, cache: Any) -> None:
         rows = self._watch.rows
         if self._generating or rows is None:
             return
         self._drain(rows, self._expected)
-        cache = getattr(output, "past_key_values", None)
         if cache is not None:
-            self._caches[cache] = rows
+            self._caches[cache_anchor(cache)] = rows
 
     def _drain(self, rows: Rows, expected: dict[Group, int]) -> None:
         tokens = [expected[group] for group in rows.groups()]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.adapters.trace_rows import arrival, on_host
-from moescope.adapters.transformers_hooks import DECODE, PREFILL, Forward
+from moescope.adapters.transformers_forward import Forward
+from moescope.adapters.transformers_hooks import DECODE, PREFILL
 from moescope.profiler.engine import Request
 from moescope.profiler.recorder import Recorder
 from moescope.profiler.trace import TraceRows
@@ -81,7 +82,7 @@ class BatchTrace:
         }
 
     @torch.no_grad()
-    def append(self, output: Any) -> None:
+    def append(self, cache: Any) -> None:
         """Hand over what the forward routed."""
         ids, weights = self._recorder.staged()
         if self._kept is not None:

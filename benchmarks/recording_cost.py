@@ -248,9 +248,7 @@ def decode_case(model: Any, steps: int) -> Case:
         with torch.inference_mode():
             for step in range(steps):
                 mask = torch.ones(DECODE_BATCH, PROMPT_TOKENS + step + 1, dtype=torch.int64)
-                output = model.model(
-                    input_ids=ids[step], attention_mask=mask, past_key_values=cache, use_cache=True, **extra
-                )
+                output = model.model(ids[step], mask, None, cache, use_cache=True, **extra)
                 if logits:
                     seen.append(output.router_logits)
                 if after is not None:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from tiny_models import PAD, VOCABULARY, tiny_model
+from tiny_models import PAD, VOCABULARY, cache_name, tiny_model
 
 import moescope
 from moescope.profiler.errors import ModelError
 from moescope.profiler.profile import RoutingProfile
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.versions]
 
 
 @pytest.fixture
@@ -121,9 +121,8 @@ def test_plain_forwards_and_a_decode_loop_of_ones_own(model: Any) -> None:
             tokens.append(token)
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             position = position[:, -1:] + 1
-            output = model(
-                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=output.past_key_values
-            )
+            kept = {cache_name(model): output[cache_name(model)]}
+            output = model(input_ids=token, attention_mask=mask, position_ids=position, **kept)
     new = torch.cat(tokens, dim=1).tolist()
     assert new == [reference.greedy(model, prompt, 5) for prompt in prompts]
     # here the last token was fed too
@@ -137,16 +136,15 @@ def test_a_conversation_that_goes_on_with_its_cache(model: Any) -> None:
     _, ids, mask = batch(7)
     cache = DynamicCache(config=model.config)
     with moescope.record(model) as recording:
-        first = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=4, past_key_values=cache, pad_token_id=PAD
-        )
+        kept = {cache_name(model): cache}
+        first = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, pad_token_id=PAD, **kept)
         more = torch.cat([first, torch.tensor([[11, 12, 13]])], dim=1)
         second = model.generate(
             input_ids=more,
             attention_mask=torch.ones_like(more),
             max_new_tokens=4,
-            past_key_values=cache,
             pad_token_id=PAD,
+            **kept,
         )
     profile = recording.profile
     # 7 prompt and 3 fed tokens; then the 4th and three new ones, and 3 fed tokens: each position once
@@ -170,6 +168,17 @@ def test_several_calls_add_up_and_a_failing_call_counts_nothing(model: Any) -> N
         model(input_ids=ids[1:], attention_mask=mask[1:])
     assert_counts(recording.profile, model, prompts, [[], []])
     assert recording.profile.runs[0].prompts == 2
+
+
+def test_prompts_of_a_failing_call_do_not_count_with_the_next_step(model: Any) -> None:
+    _, ids, _ = batch(9)
+    with moescope.record(model) as recording, torch.no_grad():
+        kept = {cache_name(model): model(input_ids=ids, use_cache=True)[cache_name(model)]}
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((1, 3), 10_000))
+        model(input_ids=torch.tensor([[11]]), **kept)
+    assert recording.profile.runs[0].prompts == 1
+    assert recording.profile.token_counts.tolist() == [[9, 1]]
 
 
 def test_what_cannot_be_counted_is_refused(model: Any) -> None:
@@ -245,7 +254,7 @@ def test_two_conversations_at_once_keep_their_splits(model: Any) -> None:
     with moescope.record(model) as recording, torch.no_grad():
         outputs = [model(input_ids=ids[i : i + 1], use_cache=True) for i in (0, 1)]
         for i in (0, 1):
-            model(input_ids=torch.tensor([[11]]), past_key_values=outputs[i].past_key_values)
+            model(input_ids=torch.tensor([[11]]), **{cache_name(model): outputs[i][cache_name(model)]})
     splits = [reference.split(prompt) for prompt in prompts]
     assert splits[0] != splits[1]
     for split in splits:

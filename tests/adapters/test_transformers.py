@@ -99,6 +99,7 @@ def test_prompts_in_one_padded_batch(family: str) -> None:
     assert_equal(run(model, prompts), count)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "minimax_m2", "mixtral"])
 @pytest.mark.parametrize("batch_size", [1, 7])
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -108,6 +109,7 @@ def test_padding_and_batches(family: str, batch_size: int, padding: Literal["lef
     assert_equal(profile, expected(model, prompts, [[]] * len(prompts)))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family", GENERATING)
 def test_generation_with_a_stop_token_in_the_middle(family: str) -> None:
     model, prompts = tiny_model(family, seed=1), prompts_of((3, 12, 7, 9))
@@ -123,6 +125,24 @@ def test_generation_with_a_stop_token_in_the_middle(family: str) -> None:
         profile = run(model, prompts, max_tokens=40, batch_size=batch_size)
         assert profile.token_counts[:, 1].sum() == sum(lengths) - len(lengths)
         assert_equal(profile, count)
+
+
+def test_a_transformers_that_nobody_tested_is_remarked_upon_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    from moescope.adapters.transformers import NEWEST_TESTED
+
+    model, prompts = tiny_model("qwen3_moe"), prompts_of((4, 9))
+    newest, beyond = f"5.{NEWEST_TESTED[1]}.9", f"5.{NEWEST_TESTED[1] + 1}.0.dev0"
+    for version, remarks in ((newest, 0), (beyond, 1), ("6.0.0", 1), ("5.9.0", 0)):
+        monkeypatch.setattr(transformers, "__version__", version)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            profile = run(model, prompts, max_tokens=2)
+        told = [str(warning.message) for warning in caught if "newest that moescope was tested" in str(warning.message)]
+        assert len(told) == remarks, version
+        assert all(version in line and "\n" not in line for line in told)
+        assert profile.tokens == 13 + 2
 
 
 def test_one_generated_token_is_never_fed_back() -> None:
@@ -186,6 +206,7 @@ def test_what_the_checkpoint_asks_of_generation_does_not_change_the_run() -> Non
     assert model.generation_config is config
 
 
+@pytest.mark.versions
 def test_a_cache_whose_first_layer_is_linear_attention() -> None:
     layers = ["linear_attention", "full_attention"] * 2
     model, prompts = tiny_model("minimax", layer_types=layers), prompts_of((7, 7))

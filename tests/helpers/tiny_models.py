@@ -1,5 +1,6 @@
 """Tiny random-weight models of every supported family, with well-spread router scores and strong random biases."""
 
+import inspect
 import os
 from typing import Any
 
@@ -136,3 +137,9 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD
     return model
+
+
+def cache_name(model: Any) -> str:
+    """What this version of transformers calls the cache of a forward, among its arguments and its outputs."""
+    names = inspect.signature(model.forward).parameters
+    return next(name for name in ("cache", "past_key_values") if name in names)
