@@ -885,7 +885,7 @@ def weights(
     from moescope.adapters.weighing import weigh
     from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
 
-    asked, chosen = _intervals(delta, "--delta"), _numbers("--layers", layers)
+    asked, chosen = _intervals(delta, "--delta"), _numbers("--layers", layers, 99_999)
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
     path = output_dir or _new_folder("moescope_weights")
@@ -895,7 +895,7 @@ def weights(
                 record = weigh(
                     model,
                     against=against,
-                    layers=chosen,
+                    layers=None if chosen is None else sorted({layer for run in chosen for layer in run}),
                     deltas=asked,
                     match_pairs=match_pairs,
                     sketch=sketch,
@@ -1207,6 +1207,7 @@ def trace_analyze(
     _one_thread_a_product()
 
     from moescope.profiler.files import OutputFolder
+    from moescope.profiler.ranges import Ranges
     from moescope.profiler.trace import Trace
     from moescope.profiler.trace_sums import sum_trace
     from moescope.profiler.weight_pass import cores
@@ -1215,7 +1216,7 @@ def trace_analyze(
     from moescope.viz.trace_report import write_trace_analysis
     from moescope.viz.wording import counted
 
-    found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or min(cores(), 4)
+    found, chosen, jobs = Trace(folder), _numbers("--requests", requests, 2**32 - 1), n_jobs or min(cores(), 4)
     path = output_dir or _new_folder("moescope_trace")
     if path.exists() and path.samefile(folder):
         raise OptionError(f"--output-dir {path} is the trace itself; choose another folder")
@@ -1241,9 +1242,9 @@ def trace_analyze(
         f"{counted(analysis.tokens, 'token')} of {counted(analysis.requests, 'request')}, "
         f"{counted(len(analysis.layers), 'MoE layer')}"
     )
-    if chosen is not None and len(chosen) > analysis.requests:
-        missing = len(chosen) - analysis.requests
-        typer.echo(f"Not in the trace: {missing:,} of the {len(chosen):,} requests asked for")
+    asked = analysis.requests if chosen is None else Ranges.of(chosen).count
+    if asked > analysis.requests:
+        typer.echo(f"Not in the trace: {asked - analysis.requests:,} of the {asked:,} requests asked for")
     for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
         typer.echo(sentence)
     typer.echo(f"Wrote {' and '.join(map(str, written))}")
@@ -1490,18 +1491,18 @@ def _intervals(text: str | None, option: str = "--periodic-intervals") -> tuple[
     return tuple(dict.fromkeys(values))
 
 
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    """Numbers out of `3-10,20`."""
+def _numbers(option: str, text: str | None, most: int) -> list[range] | None:
+    """Ranges of numbers up to `most` out of `3-10,20`."""
     if text is None:
         return None
     runs = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII) for part in text.split(",")]
     numbers = [number for run in runs if run is not None for number in run.groups() if number is not None]
-    if long := [number for number in numbers if len(number) > 5]:
-        raise OptionError(f"--layers: no model has a layer {long[0]:.20}; give layers and ranges of them, e.g. 3-10,20")
+    if large := [number for number in numbers if len(number.lstrip("0")) > 18 or int(number) > most]:
+        raise OptionError(f"{option}: {large[0]:.20} is too large; {option[2:]} are whole numbers from 0 to {most:,}")
     found = [range(int(run[1]), int(run[2] or run[1]) + 1) for run in runs if run is not None]
     if len(found) < len(runs) or not all(found):
         raise OptionError(f"{option} {text!r} must be {option[2:]} and ranges of them, e.g. 3-10,20")
-    return sorted({number for run in found for number in run})
+    return found
 
 
 def _labels(text: str | None, count: int) -> list[str] | None:
