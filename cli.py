@@ -189,6 +189,9 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that e
 Jobs = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Threads of a pass over weights; by default all cores.")
 ]
+TokenizerCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the tokenizer that --tokenizer names.")
+]
 NoStructured = Annotated[
     bool, typer.Option("--disable-structured-output", help="Leave out analysis_data and analysis_summary.")
 ]
@@ -524,7 +527,7 @@ def profile(
         del opened  # a pass over weights wants its memory
         structured = None if disable_structured_output else output_format
         if tracing is not None and token_sample:
-            _view_beside(tracing.folder, path)
+            _view_beside(tracing.folder, path, name, trust_remote_code)
         sample = load_sample(path, done.model)
         data = _report(
             done,
@@ -1135,9 +1138,10 @@ def trace_view(
         typer.Option(
             metavar="MODEL",
             help="Folder of a checkpoint, or hub id, whose tokenizer gives tokens their text; by default that of the "
-            "model that was traced, if it is on this machine.",
+            "model that was traced, if it is in your own folder or in the local hub cache.",
         ),
     ] = None,
+    trust_remote_code: TokenizerCode = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; by default DIR_view.html beside the trace.")
     ] = None,
@@ -1156,11 +1160,12 @@ def trace_view(
     from moescope.viz.trace_view_page import write_trace_view
     from moescope.viz.wording import counted
 
+    _check_trust(trust_remote_code, tokenizer)
     file = output or folder.absolute().with_name(f"{folder.absolute().name}_view.html")
     if file.exists() and (not force or not file.is_file()):
         raise OutputError(f"{file} exists; choose another name, or --force to overwrite")
     found = excerpt(Trace(folder), request, tokens)
-    opened, remarks = _tokenizer(found.about.model.id, found.rows.token, tokenizer)
+    opened, remarks = _tokenizer(found.about.model.id, found.rows.token, tokenizer, trust_remote_code)
     for remark in remarks:
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
@@ -1187,9 +1192,10 @@ def trace_analyze(
         typer.Option(
             metavar="MODEL",
             help="Folder of a checkpoint, or hub id, whose tokenizer gives token ids their text; by default that of "
-            "the model that was traced, if it is on this machine.",
+            "the model that was traced, if it is in your own folder or in the local hub cache.",
         ),
     ] = None,
+    trust_remote_code: TokenizerCode = False,
     n_jobs: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores, 4 at most: each takes memory.")
     ] = None,
@@ -1216,6 +1222,7 @@ def trace_analyze(
     from moescope.viz.trace_report import write_trace_analysis
     from moescope.viz.wording import counted
 
+    _check_trust(trust_remote_code, tokenizer)
     found, chosen, jobs = Trace(folder), _numbers("--requests", requests, 2**32 - 1), n_jobs or min(cores(), 4)
     path = output_dir or _new_folder("moescope_trace")
     if path.exists() and path.samefile(folder):
@@ -1233,7 +1240,7 @@ def trace_analyze(
                 ),
             )
         with _console.status("Comparing layers …"):
-            analysis = analyze_trace(sums, _texts(sums, tokenizer), jobs)
+            analysis = analyze_trace(sums, _texts(sums, tokenizer, trust_remote_code), jobs)
         try:
             written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
         except OSError as error:
@@ -1250,8 +1257,14 @@ def trace_analyze(
     typer.echo(f"Wrote {' and '.join(map(str, written))}")
 
 
-def _view_beside(folder: Path, path: Path) -> None:
+def _check_trust(trusted: bool, named: str | None) -> None:
+    if trusted and named is None:
+        raise OptionError("--trust-remote-code needs --tokenizer: no code runs that a trace names")
+
+
+def _view_beside(folder: Path, path: Path, model: str, trusted: bool) -> None:
     """Write the token view of a run's trace beside its report, which links to it; an empty trace has none."""
+    from moescope.adapters.tokenizers import open_tokenizer
     from moescope.profiler.sidecars import TRACE_VIEW_NAME
     from moescope.profiler.trace import Trace
     from moescope.profiler.trace_excerpt import excerpt
@@ -1261,32 +1274,49 @@ def _view_beside(folder: Path, path: Path) -> None:
     trace = Trace(folder)
     if trace.tokens:
         found = excerpt(trace, None, TOKENS)
-        opened, remarks = _tokenizer(found.about.model.id, found.rows.token, None)
+        opened, remarks = _text_or_ids(
+            model, found.rows.token, lambda model: open_tokenizer(model, local=True, trust_remote_code=trusted)
+        )
         write_trace_view(excerpt_view(found, opened, remarks), path / TRACE_VIEW_NAME)
 
 
-def _texts(sums: "TraceSums", named: str | None) -> dict[int, str]:
+def _texts(sums: "TraceSums", named: str | None, trusted: bool) -> dict[int, str]:
     """Text of the frequent token ids, by the tokenizer that is named or that of the traced model; none without one."""
     from moescope.adapters.encoding import token_texts
 
-    opened, _ = _tokenizer(sums.about.model.id, sums.frequent, named)
+    opened, _ = _tokenizer(sums.about.model.id, sums.frequent, named, trusted)
     ids = sums.frequent.tolist()
     return {} if opened is None else dict(zip(ids, token_texts(opened, ids), strict=True))
 
 
-def _tokenizer(traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | None) -> tuple[Any, list[str]]:
+def _tokenizer(
+    traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | None, trusted: bool
+) -> tuple[Any, list[str]]:
     """The tokenizer of the model that is named or was traced; without a name, None and the reason where it fails."""
     _prepare_engine()
 
-    from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer
+    from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer, stored_tokenizer
 
-    model = named or traced
+    if named is None:
+        return _text_or_ids(traced, token_ids, stored_tokenizer)
     try:
-        opened = open_tokenizer(model, local=named is None)
+        opened = open_tokenizer(named, trust_remote_code=trusted)
+        check_vocabulary(opened, token_ids, named)
+    except ModelError as error:
+        raise ModelError(f"--tokenizer {error}") from error
+    return opened, []
+
+
+def _text_or_ids(
+    model: str, token_ids: "NDArray[np.integer[Any]]", open_: Callable[[str], Any]
+) -> tuple[Any, list[str]]:
+    """A model's tokenizer, or None and why there is none for these ids."""
+    from moescope.adapters.tokenizers import check_vocabulary
+
+    try:
+        opened = open_(model)
         check_vocabulary(opened, token_ids, model)
     except ModelError as error:
-        if named is not None:
-            raise ModelError(f"--tokenizer {error}") from error
         return None, [f"Tokens are shown by their ids: {error}. --tokenizer MODEL names another."]
     return opened, []
 

@@ -196,12 +196,12 @@ def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
 def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
     done = cli("trace", "view", "t", "--request", 3, "--request", 7, "-o", "new/a.html")
     assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 requests\n"), done.err
-    assert "Tokens are shown by their ids: tiny has no tokenizer that can be read" in done.err
+    assert "Tokens are shown by their ids: tiny is neither a folder nor in the local hub cache" in done.err
     page = Path("new/a.html").read_text(encoding="utf-8")
     refused = cli("trace", "view", "t", "-o", "t/trace.json/a.html")
     assert (refused.code, refused.error) == (2, "moescope: cannot write t/trace.json/a.html: File exists")
     assert '"texts":null' in page
-    assert "Tokens are shown by their ids: tiny has no tokenizer" in page
+    assert "Tokens are shown by their ids: tiny is neither a folder" in page
 
 
 def test_analyze(cli: Cli, trace: Path) -> None:
