@@ -189,6 +189,9 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that e
 Jobs = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Threads of a pass over weights; by default all cores.")
 ]
+TokenizerCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the tokenizer that --tokenizer names.")
+]
 NoStructured = Annotated[
     bool, typer.Option("--disable-structured-output", help="Leave out analysis_data and analysis_summary.")
 ]
@@ -524,7 +527,7 @@ def profile(
         del opened  # a pass over weights wants its memory
         structured = None if disable_structured_output else output_format
         if tracing is not None and token_sample:
-            _view_beside(tracing.folder, path)
+            _view_beside(tracing.folder, path, name, trust_remote_code)
         sample = load_sample(path, done.model)
         data = _report(
             done,
@@ -885,7 +888,7 @@ def weights(
     from moescope.adapters.weighing import weigh
     from moescope.profiler.files import PARTIAL_WEIGHTS_NAME, WEIGHTS_NAME, OutputFolder
 
-    asked, chosen = _intervals(delta, "--delta"), _numbers("--layers", layers)
+    asked, chosen = _intervals(delta, "--delta"), _numbers("--layers", layers, 99_999)
     if resume and output_dir is None:
         raise OptionError("--resume needs --output-dir, the folder of the interrupted pass")
     path = output_dir or _new_folder("moescope_weights")
@@ -895,7 +898,7 @@ def weights(
                 record = weigh(
                     model,
                     against=against,
-                    layers=chosen,
+                    layers=None if chosen is None else sorted({layer for run in chosen for layer in run}),
                     deltas=asked,
                     match_pairs=match_pairs,
                     sketch=sketch,
@@ -1135,9 +1138,10 @@ def trace_view(
         typer.Option(
             metavar="MODEL",
             help="Folder of a checkpoint, or hub id, whose tokenizer gives tokens their text; by default that of the "
-            "model that was traced, if it is on this machine.",
+            "model that was traced, if it is in your own folder or in the local hub cache.",
         ),
     ] = None,
+    trust_remote_code: TokenizerCode = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; by default DIR_view.html beside the trace.")
     ] = None,
@@ -1156,11 +1160,12 @@ def trace_view(
     from moescope.viz.trace_view_page import write_trace_view
     from moescope.viz.wording import counted
 
+    _check_trust(trust_remote_code, tokenizer)
     file = output or folder.absolute().with_name(f"{folder.absolute().name}_view.html")
     if file.exists() and (not force or not file.is_file()):
         raise OutputError(f"{file} exists; choose another name, or --force to overwrite")
     found = excerpt(Trace(folder), request, tokens)
-    opened, remarks = _tokenizer(found.about.model.id, found.rows.token, tokenizer)
+    opened, remarks = _tokenizer(found.about.model.id, found.rows.token, tokenizer, trust_remote_code)
     for remark in remarks:
         _console.print(remark)
     view = excerpt_view(found, opened, remarks)
@@ -1187,9 +1192,10 @@ def trace_analyze(
         typer.Option(
             metavar="MODEL",
             help="Folder of a checkpoint, or hub id, whose tokenizer gives token ids their text; by default that of "
-            "the model that was traced, if it is on this machine.",
+            "the model that was traced, if it is in your own folder or in the local hub cache.",
         ),
     ] = None,
+    trust_remote_code: TokenizerCode = False,
     n_jobs: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads; by default all cores, 4 at most: each takes memory.")
     ] = None,
@@ -1207,6 +1213,7 @@ def trace_analyze(
     _one_thread_a_product()
 
     from moescope.profiler.files import OutputFolder
+    from moescope.profiler.ranges import Ranges
     from moescope.profiler.trace import Trace
     from moescope.profiler.trace_sums import sum_trace
     from moescope.profiler.weight_pass import cores
@@ -1215,7 +1222,8 @@ def trace_analyze(
     from moescope.viz.trace_report import write_trace_analysis
     from moescope.viz.wording import counted
 
-    found, chosen, jobs = Trace(folder), _numbers("--requests", requests), n_jobs or min(cores(), 4)
+    _check_trust(trust_remote_code, tokenizer)
+    found, chosen, jobs = Trace(folder), _numbers("--requests", requests, 2**32 - 1), n_jobs or min(cores(), 4)
     path = output_dir or _new_folder("moescope_trace")
     if path.exists() and path.samefile(folder):
         raise OptionError(f"--output-dir {path} is the trace itself; choose another folder")
@@ -1232,7 +1240,7 @@ def trace_analyze(
                 ),
             )
         with _console.status("Comparing layers …"):
-            analysis = analyze_trace(sums, _texts(sums, tokenizer), jobs)
+            analysis = analyze_trace(sums, _texts(sums, tokenizer, trust_remote_code), jobs)
         try:
             written = write_trace_analysis(analysis, path, structured=not disable_structured_output)
         except OSError as error:
@@ -1241,16 +1249,22 @@ def trace_analyze(
         f"{counted(analysis.tokens, 'token')} of {counted(analysis.requests, 'request')}, "
         f"{counted(len(analysis.layers), 'MoE layer')}"
     )
-    if chosen is not None and len(chosen) > analysis.requests:
-        missing = len(chosen) - analysis.requests
-        typer.echo(f"Not in the trace: {missing:,} of the {len(chosen):,} requests asked for")
+    asked = analysis.requests if chosen is None else Ranges.of(chosen).count
+    if asked > analysis.requests:
+        typer.echo(f"Not in the trace: {asked - analysis.requests:,} of the {asked:,} requests asked for")
     for sentence in (*trace_findings(analysis), *trace_notes(analysis)):
         typer.echo(sentence)
     typer.echo(f"Wrote {' and '.join(map(str, written))}")
 
 
-def _view_beside(folder: Path, path: Path) -> None:
+def _check_trust(trusted: bool, named: str | None) -> None:
+    if trusted and named is None:
+        raise OptionError("--trust-remote-code needs --tokenizer: no code runs that a trace names")
+
+
+def _view_beside(folder: Path, path: Path, model: str, trusted: bool) -> None:
     """Write the token view of a run's trace beside its report, which links to it; an empty trace has none."""
+    from moescope.adapters.tokenizers import open_tokenizer
     from moescope.profiler.sidecars import TRACE_VIEW_NAME
     from moescope.profiler.trace import Trace
     from moescope.profiler.trace_excerpt import excerpt
@@ -1260,32 +1274,49 @@ def _view_beside(folder: Path, path: Path) -> None:
     trace = Trace(folder)
     if trace.tokens:
         found = excerpt(trace, None, TOKENS)
-        opened, remarks = _tokenizer(found.about.model.id, found.rows.token, None)
+        opened, remarks = _text_or_ids(
+            model, found.rows.token, lambda model: open_tokenizer(model, local=True, trust_remote_code=trusted)
+        )
         write_trace_view(excerpt_view(found, opened, remarks), path / TRACE_VIEW_NAME)
 
 
-def _texts(sums: "TraceSums", named: str | None) -> dict[int, str]:
+def _texts(sums: "TraceSums", named: str | None, trusted: bool) -> dict[int, str]:
     """Text of the frequent token ids, by the tokenizer that is named or that of the traced model; none without one."""
     from moescope.adapters.encoding import token_texts
 
-    opened, _ = _tokenizer(sums.about.model.id, sums.frequent, named)
+    opened, _ = _tokenizer(sums.about.model.id, sums.frequent, named, trusted)
     ids = sums.frequent.tolist()
     return {} if opened is None else dict(zip(ids, token_texts(opened, ids), strict=True))
 
 
-def _tokenizer(traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | None) -> tuple[Any, list[str]]:
+def _tokenizer(
+    traced: str, token_ids: "NDArray[np.integer[Any]]", named: str | None, trusted: bool
+) -> tuple[Any, list[str]]:
     """The tokenizer of the model that is named or was traced; without a name, None and the reason where it fails."""
     _prepare_engine()
 
-    from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer
+    from moescope.adapters.tokenizers import check_vocabulary, open_tokenizer, stored_tokenizer
 
-    model = named or traced
+    if named is None:
+        return _text_or_ids(traced, token_ids, stored_tokenizer)
     try:
-        opened = open_tokenizer(model, local=named is None)
+        opened = open_tokenizer(named, trust_remote_code=trusted)
+        check_vocabulary(opened, token_ids, named)
+    except ModelError as error:
+        raise ModelError(f"--tokenizer {error}") from error
+    return opened, []
+
+
+def _text_or_ids(
+    model: str, token_ids: "NDArray[np.integer[Any]]", open_: Callable[[str], Any]
+) -> tuple[Any, list[str]]:
+    """A model's tokenizer, or None and why there is none for these ids."""
+    from moescope.adapters.tokenizers import check_vocabulary
+
+    try:
+        opened = open_(model)
         check_vocabulary(opened, token_ids, model)
     except ModelError as error:
-        if named is not None:
-            raise ModelError(f"--tokenizer {error}") from error
         return None, [f"Tokens are shown by their ids: {error}. --tokenizer MODEL names another."]
     return opened, []
 
@@ -1490,18 +1521,18 @@ def _intervals(text: str | None, option: str = "--periodic-intervals") -> tuple[
     return tuple(dict.fromkeys(values))
 
 
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    """Numbers out of `3-10,20`."""
+def _numbers(option: str, text: str | None, most: int) -> list[range] | None:
+    """Ranges of numbers up to `most` out of `3-10,20`."""
     if text is None:
         return None
     runs = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII) for part in text.split(",")]
     numbers = [number for run in runs if run is not None for number in run.groups() if number is not None]
-    if long := [number for number in numbers if len(number) > 5]:
-        raise OptionError(f"--layers: no model has a layer {long[0]:.20}; give layers and ranges of them, e.g. 3-10,20")
+    if large := [number for number in numbers if len(number.lstrip("0")) > 18 or int(number) > most]:
+        raise OptionError(f"{option}: {large[0]:.20} is too large; {option[2:]} are whole numbers from 0 to {most:,}")
     found = [range(int(run[1]), int(run[2] or run[1]) + 1) for run in runs if run is not None]
     if len(found) < len(runs) or not all(found):
         raise OptionError(f"{option} {text!r} must be {option[2:]} and ranges of them, e.g. 3-10,20")
-    return sorted({number for run in found for number in run})
+    return found
 
 
 def _labels(text: str | None, count: int) -> list[str] | None:

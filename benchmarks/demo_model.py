@@ -397,7 +397,7 @@ def measure(folder: Path, prompts: Sequence[str], device: torch.device) -> Routi
     Returns:
         Mean correlation and router cosine by distance.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(device).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
     counts = np.zeros((model.config.num_hidden_layers, experts), dtype=np.int64)

@@ -318,8 +318,8 @@ def demo_cases(prompts: int) -> list[Case]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_path("stacked")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     lines = prompts_path().read_text(encoding="utf-8").splitlines()
     encoded = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
     long = [ids for ids in encoded if len(ids) >= LENGTH]

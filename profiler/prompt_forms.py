@@ -1,4 +1,4 @@
-"""Prompt sets that other tools write: JSON lists, Parquet files and datasets of the hub, read as records.
+"""Prompt sets that other tools write: JSON lists and datasets of the hub, read as records.
 
 Each record comes with its place, for error messages. None is held after it has been taken.
 """
@@ -15,7 +15,16 @@ from importlib import import_module
 from typing import Any, BinaryIO
 
 from moescope.profiler.errors import PromptError
-from moescope.profiler.prompt_parts import MAX_BYTES, TOO_LONG, Fields, chosen_columns, decoded_parts, kind, listed
+from moescope.profiler.prompt_parts import (
+    MAX_BYTES,
+    TOO_LONG,
+    Fields,
+    check_size,
+    chosen_columns,
+    decoded_parts,
+    kind,
+    listed,
+)
 
 Record = tuple[str, Mapping[str, Any]]
 """A record's place and its fields."""
@@ -226,48 +235,6 @@ def conversation_messages(turns: Sequence[Any], where: str) -> tuple[dict[str, s
     return tuple(messages[: len(roles)])
 
 
-# Parquet
-
-
-def parquet_records(stream: BinaryIO, name: str, fields: Fields) -> Iterator[Record]:
-    """The rows of a Parquet file, a few at a time, with the columns that prompts need."""
-    arrow = imported("pyarrow", "parquet", name)
-    parquet = imported("pyarrow.parquet", "parquet", name)
-    magic = stream.read(4)
-    if not magic:
-        raise PromptError(f"{name} is empty; it must hold a Parquet table")
-    if magic != b"PAR1":
-        raise PromptError(f"{name} is not a Parquet file; save it as Parquet, or name it by the form it has")
-    try:
-        # The buffer makes it read a column in pieces, not the whole of a row group.
-        file = parquet.ParquetFile(stream, buffer_size=_PART)
-        columns = chosen_columns(file.schema_arrow.names, fields, name)
-        if not file.metadata.num_rows:
-            raise PromptError(f"{name} holds columns but no rows; it must hold one prompt in each row")
-        number = 0
-        for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
-            for row in _rows(batch, name, number):
-                number += 1
-                yield f"{name}, row {number}", without_nulls(row)
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{name} is damaged or cut short: {_reason(error)}; write it again") from error
-
-
-def _rows(batch: Any, name: str, before: int) -> list[dict[str, Any]]:
-    """A batch's rows as Python objects; `before` is how many rows precede it."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, a date that Python has not
-        rows = []
-        for index in range(batch.num_rows):
-            try:
-                rows += batch.slice(index, 1).to_pylist()
-            except (ValueError, OverflowError) as error:
-                where = f"{name}, row {before + index + 1}"
-                raise PromptError(f"{where}: a value cannot be used: {_reason(error)}; mend or remove it") from error
-    return rows
-
-
 def without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of a table, without the nulls that fill up its objects' missing fields.
 
@@ -344,7 +311,7 @@ def _opened(library: Any, path: str, config: str | None, split: str | None, name
         if isinstance(error, StopIteration):
             raise PromptError(f"{name} {_NO_ROWS}") from error
         advice = "check the files in it" if os.path.isdir(path) else "check the name and the network"
-        raise PromptError(f"{name} cannot be opened: {_reason(error)}; {advice}") from error
+        raise PromptError(f"{name} cannot be opened: {reason(error)}; {advice}") from error
     if split is None:
         split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
     if split not in splits:
@@ -376,10 +343,11 @@ def _hub_rows(library: Any, dataset: Any, name: str) -> Iterator[Record]:
                 failed = error
         for row in block:
             number += 1
+            check_size(row, f"{name}, row {number}")
             yield f"{name}, row {number}", without_nulls(row)
         if failed is not None:
             place = f" after row {number}" if number else ""
-            raise PromptError(f"{name} cannot be read{place}: {_reason(failed)}; check its files") from failed
+            raise PromptError(f"{name} cannot be read{place}: {reason(failed)}; check its files") from failed
         if not number:
             raise PromptError(f"{name} {_NO_ROWS}")
 
@@ -405,7 +373,7 @@ def _quiet(library: Any = None) -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """First line of an error's text, without its full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 from moescope.profiler.errors import PromptError
 
 MAX_BYTES = 16 * 2**20
-"""Longest line, CSV record, JSON item and text document, in bytes with the line ending."""
+"""Longest line, CSV record, JSON item and text document, in bytes with the line ending; a table's row is held to it."""
 TOO_LONG = f"longer than {MAX_BYTES // 2**20} MiB"
 
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
@@ -59,6 +59,23 @@ def check_columns(columns: Sequence[str], fields: Fields, name: str) -> None:
     for column, option in ((fields.prompt, "--prompt-field"), (fields.domain, "--domain-field")):
         if column is not None and column not in columns:
             raise PromptError(f"{name} has no column {column!r} but {listed(columns)}; name one with {option}")
+
+
+def check_size(record: Mapping[str, Any], where: str) -> None:
+    """Raise PromptError where a table's row would be too long as a line of JSON, even of the shortest."""
+    size = 0
+    pending: list[Any] = [record]
+    while pending and size <= MAX_BYTES:
+        item = pending.pop()
+        if isinstance(item, str | bytes):
+            size += len(item)
+        elif isinstance(item, Mapping):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            size += 2 * len(item)  # a digit and a comma
+            pending += [inner for inner in item if not isinstance(inner, int)]
+    if size > MAX_BYTES:
+        raise PromptError(f"{where} is {TOO_LONG}; split it into several prompts")
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from moescope.profiler.prompt_forms import (
     imported,
     is_conversation,
     json_records,
-    parquet_records,
 )
+from moescope.profiler.prompt_parquet import parquet_records
 from moescope.profiler.prompt_parts import (
     MAX_BYTES,
     OTHER_FIELDS,

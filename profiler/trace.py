@@ -401,7 +401,8 @@ class Trace:
     """A trace folder, opened for reading.
 
     Rows are those of batches that were held against their requests' own lengths; what an interrupted run left of its
-    last batch is not among them, unless asked for.
+    last batch is not among them, unless asked for. The first reading of a shard, of whichever part, holds all of it
+    against its checksum.
 
     Args:
         folder: The folder.
@@ -419,48 +420,72 @@ class Trace:
         self.tokens = self.index.rows if unfinished else self.index.last.rows
         #: Tokens in shards of a batch that did not come to its end.
         self.unfinished = self.index.rows - self.index.last.rows
+        self._sound: set[tuple[str, int, int]] = set()  # shards that verified, as they were then
 
     def __len__(self) -> int:
         return self.tokens
 
     def read_shard(
-        self,
-        shard: Shard,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        check: bool = True,
-        into: NDArray[np.uint8] | None = None,
+        self, shard: Shard, start: int = 0, stop: int | None = None, *, into: NDArray[np.uint8] | None = None
     ) -> TraceRows:
-        """Rows `start` to `stop` of one shard.
+        """Rows `start` to `stop` of one shard; only those are read once the shard has verified.
 
         Args:
             shard: One of the index.
             start: First row.
             stop: Row after the last; by default all.
-            check: Read the whole shard and hold it against its checksum; else read those rows alone.
             into: uint8, memory that is large enough for a whole shard; the arrays lie in it until it is used again.
 
         Raises:
-            TraceError: The shard is missing, not what the index says, or (if checked) damaged.
+            TraceError: The shard is missing, damaged, or not what the index says.
         """
+        return TraceRows(**self._arrays(shard, start, stop, tuple(self.about.columns), into=into))
+
+    def column(self, shard: Shard, name: str, *, check: bool = True) -> NDArray[Any]:
+        """One column of a shard, for all its rows; only that is read once the shard has verified.
+
+        Args:
+            shard: One of the index.
+            name: A tensor of the format, e.g. "token".
+            check: Verify the shard; without it, nothing may be concluded before the same shard was read by another way.
+
+        Raises:
+            TraceError: The shard is missing, damaged, or not what the index says.
+        """
+        return self._arrays(shard, 0, None, (name,), check=check)[name]
+
+    def _arrays(
+        self,
+        shard: Shard,
+        start: int,
+        stop: int | None,
+        names: Sequence[str],
+        *,
+        into: NDArray[np.uint8] | None = None,
+        check: bool = True,
+    ) -> dict[str, NDArray[Any]]:
+        """Rows `start` to `stop` of some columns, out of the bytes that the checksum was taken of."""
         stop = shard.rows if stop is None else min(stop, shard.rows)
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         with self._opened(shard) as (file, offset):
+            status = os.fstat(file)
+            state = (shard.name, status.st_ino, status.st_mtime_ns)
+            check = check and state not in self._sound
             whole = None
-            if check:
+            if check or into is not None:
                 whole = _pread(file, np.empty(shard.bytes, np.uint8) if into is None else into[: shard.bytes], 0)
+            if check and whole is not None:
                 if zlib.crc32(whole.data) != shard.crc32:
                     raise TraceError(f"{self.folder / shard.name} is damaged: its checksum is not that of the index")
+                self._sound.add(state)
             for name, (dtype, shape) in self.about.columns.items():
                 row = dtype.itemsize * int(np.prod(shape))
-                if whole is not None:
-                    part = whole[offset + start * row : offset + stop * row]
-                else:
-                    part = _pread(file, np.empty((stop - start) * row, np.uint8), offset + start * row)
-                arrays[name] = part.view(dtype.newbyteorder("<")).reshape(stop - start, *shape)
+                if name in names:
+                    first, last = offset + start * row, offset + stop * row
+                    read = _pread(file, np.empty(last - first, np.uint8), first) if whole is None else whole[first:last]
+                    arrays[name] = read.view(dtype.newbyteorder("<")).reshape(stop - start, *shape)
                 offset += shard.rows * row
-        return TraceRows(**arrays)
+        return arrays
 
     @contextlib.contextmanager
     def _opened(self, shard: Shard) -> Iterator[tuple[int, int]]:
@@ -483,15 +508,12 @@ class Trace:
         except OSError as error:
             raise TraceError(f"cannot read {path}: {error.strerror or error}") from error
 
-    def rows(
-        self, start: int = 0, stop: int | None = None, *, check: bool = True, reuse: bool = False
-    ) -> Iterator[TraceRows]:
+    def rows(self, start: int = 0, stop: int | None = None, *, reuse: bool = False) -> Iterator[TraceRows]:
         """Tokens `start` to `stop` in the order of the trace, at most a shard at a time; other shards are not read.
 
         Args:
             start: First token.
             stop: Token after the last; by default all.
-            check: Hold each shard against its checksum, which reads all of it.
             reuse: Read every shard into the same memory: rows are valid until the next ones are asked for.
 
         Raises:
@@ -503,16 +525,14 @@ class Trace:
         for shard in self.index.shards:
             begin, end = max(start - first, 0), min(stop - first, shard.rows)
             if begin < end:
-                yield self.read_shard(shard, begin, end, check=check, into=buffer)
+                yield self.read_shard(shard, begin, end, into=buffer)
             first += shard.rows
 
-    def requests(self, numbers: Sequence[int], *, check: bool = True) -> TraceRows:
+    def requests(self, numbers: Sequence[int]) -> TraceRows:
         """All tokens of some requests, in the order of the trace; shards without them are not read.
 
         Args:
             numbers: Numbers of requests.
-            check: Hold each shard that may have them against its checksum; else only their rows are read, and the
-                column that says whose rows they are.
 
         Raises:
             TraceError: A shard is missing or damaged.
@@ -525,28 +545,23 @@ class Trace:
             first += shard.rows
             if not len(inside) or stop <= 0:
                 continue
-            if check:
-                rows = self.read_shard(shard, 0, stop)
-                found.append(rows.take(np.isin(rows.request, inside)))
-                continue
             where = np.flatnonzero(np.isin(self.column(shard, "request")[:stop], inside))
             breaks = np.flatnonzero(np.diff(where) > _SKIPPED_ROWS) + 1
             for run in np.split(where, breaks) if len(where) else ():
                 first_row = int(run[0])
-                found.append(self.read_shard(shard, first_row, int(run[-1]) + 1, check=False).take(run - first_row))
+                found.append(self.read_shard(shard, first_row, int(run[-1]) + 1).take(run - first_row))
         return TraceRows.concatenate(found)
 
-    def request(self, number: int, *, check: bool = True) -> TraceRows:
+    def request(self, number: int) -> TraceRows:
         """All tokens of one request; see `requests`.
 
         Args:
             number: Its number.
-            check: Hold each shard that may have it against its checksum.
 
         Raises:
             TraceError: The trace does not hold it, or a shard is missing or damaged.
         """
-        rows = self.requests([number], check=check)
+        rows = self.requests([number])
         if not self.tokens:
             raise TraceError(f"{self.folder} holds no tokens of a finished batch")
         if not len(rows):
@@ -554,25 +569,6 @@ class Trace:
             span = f"{min(s.first_request for s in shards)} to {max(s.last_request for s in shards)}"
             raise TraceError(f"{self.folder} holds no request {number}; its requests lie in {span}")
         return rows
-
-    def column(self, shard: Shard, name: str) -> NDArray[Any]:
-        """One column of a shard, for all its rows, without reading the others; the checksum is not looked at.
-
-        Args:
-            shard: One of the index.
-            name: A tensor of the format, e.g. "token".
-
-        Raises:
-            TraceError: The shard is missing, or not what the index says.
-        """
-        with self._opened(shard) as (file, offset):
-            for other, (dtype, shape) in self.about.columns.items():
-                size = dtype.itemsize * int(np.prod(shape))
-                if other == name:
-                    read = _pread(file, np.empty(shard.rows * size, np.uint8), offset)
-                    return read.view(dtype.newbyteorder("<")).reshape(shard.rows, *shape)
-                offset += shard.rows * size
-        raise KeyError(name)
 
     def _memory(self) -> NDArray[np.uint8]:
         return np.empty(max((shard.bytes for shard in self.index.shards), default=0), np.uint8)
@@ -589,6 +585,7 @@ class Trace:
         Raises:
             TraceError: The index itself is damaged.
         """
+        self._sound.clear()
         damaged: list[tuple[str, str]] = []
         lost = 0
         buffer = self._memory()

@@ -44,7 +44,7 @@ class TraceExcerpt:
 def excerpt(trace: Trace, requests: Sequence[int] | None, tokens: int) -> TraceExcerpt:
     """Take requests out of a trace, at most so many tokens.
 
-    Only the rows in question are read, so checksums of shards are not looked at; ids are.
+    Each shard that is looked into verifies first; the rows in question are all that is kept.
 
     Args:
         trace: The trace.
@@ -86,7 +86,7 @@ def _chosen(trace: Trace, requests: Sequence[int], tokens: int) -> list[tuple[Tr
     for number in dict.fromkeys(requests):
         if not left:
             raise OptionError(f"--tokens {tokens} is used up before request {number}; raise it, or ask for fewer")
-        rows = trace.request(number, check=False)
+        rows = trace.request(number)
         found.append((rows.take(slice(left)), len(rows)))
         left -= len(found[-1][0])
     return found
@@ -96,8 +96,8 @@ def _first(trace: Trace, tokens: int) -> list[tuple[TraceRows, int]]:
     """The same of whole requests with which the trace begins; the first is cut if need be."""
     found: list[tuple[TraceRows, int]] = []
     left = tokens
-    for number in _begun(trace.rows(0, tokens, check=False)):
-        rows = trace.requests([number], check=False)
+    for number in _begun(trace.rows(0, tokens)):
+        rows = trace.requests([number])
         if found and len(rows) > left:
             break
         found.append((rows.take(slice(left)), len(rows)))
@@ -116,7 +116,7 @@ def _use(trace: Trace) -> tuple[NDArray[np.int64], int]:
     counts = np.zeros((len(model.layers), max(model.experts)), np.int64)
     counted = 0
     for start, stop in _pieces(trace.tokens):
-        for rows in trace.rows(start, stop, check=False):
+        for rows in trace.rows(start, stop):
             _check(rows, trace.about, trace)
             counted += len(rows)
             for slot, layer in enumerate(model.layers):

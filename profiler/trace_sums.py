@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moescope.profiler.errors import OptionError, TraceError
+from moescope.profiler.ranges import Ranges
 from moescope.profiler.tokens import SPLITS
 from moescope.profiler.trace import Trace, TraceAbout, TraceRows
 
@@ -133,7 +134,7 @@ class TraceSums:
 def sum_trace(
     trace: Trace,
     *,
-    requests: Sequence[int] | None = None,
+    requests: Iterable[int | range] | None = None,
     vocabulary: int = 256,
     pair_tokens: int = 50_000,
     n_jobs: int = 1,
@@ -148,7 +149,7 @@ def sum_trace(
 
     Args:
         trace: The trace.
-        requests: Numbers of requests; those of them that are in the trace are read. By default all.
+        requests: Numbers of requests, and ranges of them; those that are in the trace are read. By default all.
         vocabulary: Most frequent token ids whose experts are counted, V.
         pair_tokens: Tokens kept for what pairs of layers have in common, N.
         n_jobs: Threads that count.
@@ -277,7 +278,7 @@ class _Reading:
     def __init__(
         self,
         trace: Trace,
-        requests: Sequence[int] | None,
+        requests: Iterable[int | range] | None,
         vocabulary: int,
         pair_tokens: int,
         n_jobs: int,
@@ -291,7 +292,7 @@ class _Reading:
         #: (L, K) which places hold an expert: a layer may choose fewer than others
         self.chosen = np.arange(self.most) < np.array([layer.top_k for layer in self.layers])[:, None]
         self.all_chosen = bool(self.chosen.all())
-        self.wanted = None if requests is None else np.unique(np.asarray(requests, np.int64))
+        self.wanted = None if requests is None else Ranges.of(requests)
         self.rng = np.random.default_rng(seed)
         self._scan(vocabulary)
         edges = np.linspace(0, self.tokens, min(pair_tokens, self.tokens) + 1).astype(np.int64)
@@ -300,17 +301,20 @@ class _Reading:
         self.lock = threading.Lock()
 
     def _scan(self, vocabulary: int) -> None:
-        """Read the small columns: which requests there are, how long, which tokens are frequent."""
+        """Read the small columns: which requests there are, how long, which tokens are frequent.
+
+        Shards verify when they are read whole; all that are looked into here are.
+        """
         owners, ids, last, left = _Tally(), _Tally(), 0, self.trace.tokens
         for shard in self.trace.index.shards:
             rows, left = min(shard.rows, left), left - min(shard.rows, left)
             if not rows or not self._has(shard.first_request, shard.last_request):
                 continue
             request, position, token = (
-                self.trace.column(shard, name)[:rows] for name in ("request", "position", "token")
+                self.trace.column(shard, name, check=False)[:rows] for name in ("request", "position", "token")
             )
             if self.wanted is not None:
-                inside = np.isin(request, self.wanted)
+                inside = self.wanted.hold(request)
                 request, position, token = request[inside], position[inside], token[inside]
             owners.add(request)
             ids.add(token)
@@ -319,6 +323,8 @@ class _Reading:
         ids.settle()
         self.numbers, self.lengths = owners.values, owners.counts
         if self.wanted is not None and self.trace.tokens and not len(self.numbers):
+            for _ in self._rows():  # a shard that is damaged may hide them, and says so
+                pass
             raise OptionError(f"none of the requests asked for is in the trace {self.trace.folder}")
         if not len(self.numbers):
             raise TraceError(f"{self.trace.folder} holds no tokens of a finished batch")
@@ -337,7 +343,7 @@ class _Reading:
 
     def _has(self, first: int, last: int) -> bool:
         """Whether a shard of these requests may hold any that is wanted."""
-        return self.wanted is None or bool(((self.wanted >= first) & (self.wanted <= last)).any())
+        return self.wanted is None or self.wanted.meet(first, last)
 
     def run(self, on_progress: Callable[[int, int], None] | None) -> TraceSums:
         start = time.monotonic()
@@ -429,7 +435,7 @@ class _Reading:
             count, left = min(shard.rows, left), left - min(shard.rows, left)
             if count and self._has(shard.first_request, shard.last_request):
                 rows = self.trace.read_shard(shard, 0, count, into=buffer)
-                yield rows if self.wanted is None else rows.take(np.isin(rows.request, self.wanted))
+                yield rows if self.wanted is None else rows.take(self.wanted.hold(rows.request))
 
     def _none(self) -> _History:
         kinds = self.trace.about.columns

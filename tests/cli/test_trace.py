@@ -196,12 +196,12 @@ def test_view_of_a_traced_model(cli: Cli, checkpoint: Path) -> None:
 def test_view_without_a_tokenizer_shows_ids(cli: Cli, trace: Path) -> None:
     done = cli("trace", "view", "t", "--request", 3, "--request", 7, "-o", "new/a.html")
     assert (done.code, done.out) == (0, "Wrote new/a.html: 12 tokens of 2 requests\n"), done.err
-    assert "Tokens are shown by their ids: tiny has no tokenizer that can be read" in done.err
+    assert "Tokens are shown by their ids: tiny is neither a folder nor in the local hub cache" in done.err
     page = Path("new/a.html").read_text(encoding="utf-8")
     refused = cli("trace", "view", "t", "-o", "t/trace.json/a.html")
     assert (refused.code, refused.error) == (2, "moescope: cannot write t/trace.json/a.html: File exists")
     assert '"texts":null' in page
-    assert "Tokens are shown by their ids: tiny has no tokenizer" in page
+    assert "Tokens are shown by their ids: tiny is neither a folder" in page
 
 
 def test_analyze(cli: Cli, trace: Path) -> None:
@@ -221,6 +221,10 @@ def test_analyze(cli: Cli, trace: Path) -> None:
     assert not Path("new/a/trace.json").exists()
     done = cli("trace", "analyze", "t", "-o", "new/a", "--force", "--requests", "3,70-72")
     assert "6 tokens of 1 request, 3 MoE layers\nNot in the trace: 3 of the 4 requests asked for\n" in done.out
+    done = cli("trace", "analyze", "t", "-o", "new/a", "--force", "--requests", "0-5,3-4294967295,100000")
+    assert done.code == 0, done.err
+    assert "60 tokens of 10 requests" in done.out
+    assert "Not in the trace: 4,294,967,286 of the 4,294,967,296 requests asked for\n" in done.out
 
 
 @pytest.mark.parametrize(
@@ -264,6 +268,12 @@ def test_an_empty_trace_has_no_view(cli: Cli, trace: Path) -> None:
     [
         (["-o", "t"], "--output-dir t is the trace itself; choose another folder"),
         (["-o", "out", "--requests", "77"], "none of the requests asked for is in the trace t"),
+        (["-o", "out", "--requests", "100000"], "none of the requests asked for is in the trace t"),
+        (
+            ["-o", "out", "--requests", "4294967296"],
+            "--requests: 4294967296 is too large; requests are whole numbers from 0 to 4,294,967,295",
+        ),
+        (["-o", "out", "--requests", "0-" + "9" * 5000], "--requests: 99999999999999999999 is too large; requests are"),
         (["-o", "out", "--requests", "3-x"], "--requests '3-x' must be requests and ranges of them, e.g. 3-10,20"),
         (["-o", "out", "--tokenizer", "none/such"], "--tokenizer none/such has no tokenizer that can be read"),
         (["-o", "out", "--vocabulary", "0"], "--vocabulary"),

@@ -1,15 +1,18 @@
 """What is taken out of a trace to be looked at."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from traces import LAYERS, about, assert_rows_equal, write_batches
+from traces import LAYERS, about, assert_rows_equal, random_rows, write_batches
 
+from moescope.profiler import trace as trace_module
 from moescope.profiler import trace_excerpt
 from moescope.profiler.errors import OptionError, TraceError
 from moescope.profiler.trace import INDEX_NAME, Trace, TraceRows
 from moescope.profiler.trace_excerpt import excerpt
+from moescope.profiler.trace_writer import TraceOptions, TraceWriter
 
 BATCHES = [[4, 0, 7], [1, 2], [9, 3, 5, 6], [8]]
 """Ten requests of six tokens."""
@@ -72,10 +75,35 @@ def test_what_cannot_be_taken(written: tuple[Path, TraceRows], tmp_path: Path) -
 
 
 def test_ids_out_of_range_are_damage(tmp_path: Path) -> None:
-    (rows,) = write_batches(tmp_path / "t", about(), [[0]])
-    shard = tmp_path / "t" / "shard-000000.safetensors"
-    data = shard.read_bytes()
-    place = data.rindex(rows.experts.tobytes())
-    shard.write_bytes(data[:place] + b"\x63" + data[place + 1 :])
+    of = about()
+    rows = random_rows(of, [0, 0], [0, 1])
+    rows.experts[1, 0, 0] = 99
+    with TraceWriter(of, TraceOptions(tmp_path / "t")) as writer:
+        writer.admit([0], [2])
+        writer.append(rows)
+        writer.commit(0)
+        writer.finish()
     with pytest.raises(TraceError, match="is damaged: an expert id, domain or phase is out of range"):
         excerpt(Trace(tmp_path / "t"), None, 100)
+
+
+def test_a_shard_is_read_whole_once(written: tuple[Path, TraceRows], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is looked into: what a checksum was taken of is not taken again, unless the file changes."""
+    folder, _ = written
+    taken: list[int] = []
+    crc32 = zlib.crc32
+    monkeypatch.setattr(trace_module.zlib, "crc32", lambda data: taken.append(len(data)) or crc32(data))
+    trace = Trace(folder)
+    for _ in range(3):
+        excerpt(trace, None, 20)
+        trace.request(4)
+        list(trace.rows())
+    assert taken == [shard.bytes for shard in trace.index.shards]
+    shard = folder / trace.index.shards[0].name
+    data = shard.read_bytes()
+    try:
+        shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(TraceError, match="checksum"):
+            trace.request(4)
+    finally:
+        shard.write_bytes(data)
