@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import tempfile
 import time
@@ -119,6 +120,7 @@ class VllmEngine:
         self._ignore_eos = ignore_eos
         self._verify = verify
         self._checked = [0, 0]
+        self._salts = itertools.count()
         self._receiver: TraceReceiver | None = None
         self._traced = 0
         self._skipped = 0
@@ -208,7 +210,7 @@ class VllmEngine:
                 tags[TRACE_KEY] = request.number
             if check:
                 tags[VERIFY_KEY] = 1
-            prompts.append({"prompt_token_ids": request.token_ids.tolist()})
+            prompts.append({"prompt_token_ids": request.token_ids.tolist(), **self._cache_salt()})
             params.append(
                 SamplingParams(
                     max_tokens=max(1, generation.max_tokens),
@@ -233,6 +235,15 @@ class VllmEngine:
         if verified.any():
             self._compare(checked, outputs, verified, f"batch {batch}: ")
         return replace(sums, places=tuple(places))
+
+    def _cache_salt(self) -> dict[str, str]:
+        """What keeps the blocks of a request apart where the prefix cache is on, but not read.
+
+        vLLM's capture keeps one answer for a block of tokens: without this, two requests of the same tokens would get
+        that of one of them, and near-ties can fall differently.
+        """
+        on = self._about["prefix_caching"] and not self._reads_cache
+        return {"cache_salt": str(next(self._salts))} if on else {}
 
     def _admit(self, requests: Sequence[Request], places: Sequence[int], generation: Generation) -> NDArray[np.bool_]:
         """Which of the requests are traced."""

@@ -215,6 +215,8 @@ FACTS: tuple[tuple[str, str | None, str | None, str, int | None], ...] = (
     (_WORKER_BASE, "WorkerWrapperBase", "execute_model", "self.worker.execute_model(", 1),
     (_WORKER_BASE, "WorkerWrapperBase", "__getattr__", "getattr(self.worker, attr)", 1),
     (_RUNNER_V2, "GPUModelRunner", "execute_model", "ExecuteModelState(", 1),
+    # a salt is part of the hash of a request's first block, and so of all of them
+    ("vllm/v1/core/kv_cache_utils.py", None, "generate_block_hash_extra_keys", "request.cache_salt", None),
     # what a router chose
     (_BASE_ROUTER, "BaseRouter", "_select_experts", "self._compute_routing(", 1),
     (_BASE_ROUTER, "BaseRouter", None, "self._compute_routing(", 1),
