@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,6 @@ from typing import IO, Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from moescope.profiler.errors import MoescopeError, OutputError, ProfileError
 from moescope.profiler.profile import BUFFERS, RoutingProfile, header, parse_header
@@ -24,6 +24,11 @@ PARTIAL_NAME: Final = "profile.partial.safetensors"
 WEIGHTS_NAME: Final = "weights.safetensors"
 PARTIAL_WEIGHTS_NAME: Final = "weights.partial.safetensors"
 LOCK_NAME: Final = ".moescope.lock"
+#: Names of the safetensors format for what is written.
+_DTYPES: Final = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -63,16 +68,30 @@ def save_profile(profile: RoutingProfile, path: str | os.PathLike[str]) -> None:
 def write_tensors(arrays: Mapping[str, NDArray[Any]], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file in one step.
 
+    The format's own library copies each tensor while it holds the interpreter's lock, for milliseconds where they are
+    large: a server that saves would hold up its engine. This hands them to the disk as they are.
+
     Raises:
         OutputError: The file cannot be written.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    try:
-        data = save(contiguous, metadata=metadata)
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)  # safetensors' own writer leaves files of unknown names where it is killed
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in contiguous.items():
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [end, end + array.nbytes],
+        }
+        end += array.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[Any] = [len(text).to_bytes(8, "little"), text, *(array.reshape(-1) for array in contiguous.values())]
+    with atomic_path(path) as temporary, open(temporary, "wb", buffering=0) as file:
+        for part in parts:
+            left = memoryview(part).cast("B")
+            while len(left):  # one call writes 2 GiB at most
+                left = left[file.write(left) :]
 
 
 def load_profile(path: str | os.PathLike[str]) -> RoutingProfile:

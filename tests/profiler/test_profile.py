@@ -377,3 +377,22 @@ except OutputError as error:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         save_profile(random_profile(1), tmp_path / "no" / "p.safetensors")
+
+
+def test_tensors_of_every_kind_come_back_from_their_file(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from moescope.profiler.files import write_tensors
+
+    kinds = ["bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"]
+    kinds += ["float16", "float32", "float64"]
+    arrays = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    arrays |= {"transposed": np.arange(6).reshape(2, 3).T, "empty": np.zeros((0, 4)), "scalar": np.array(7)}
+    write_tensors(arrays, tmp_path / "x.safetensors", {"a": 'é "quoted"'})
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as reader:
+        assert reader.metadata() == {"a": 'é "quoted"'}
+        assert set(reader.keys()) == set(arrays)
+        for name, array in arrays.items():
+            found = reader.get_tensor(name)
+            assert found.dtype == array.dtype
+            np.testing.assert_array_equal(found, array)
