@@ -230,6 +230,8 @@ class Load:
             await asyncio.gather(*(self._client(http, number) for number in range(self.clients)))
 
     async def _client(self, http: Any, number: int) -> None:
+        import httpx
+
         rng = random.Random(self.seed * 10_000 + number)
         while not self._stop.is_set():
             prompt = [rng.randrange(6, self.vocabulary) for _ in range(rng.randint(1, self.longest_prompt))]
@@ -247,6 +249,9 @@ class Load:
                 answer = await http.post(f"{self.url}/v1/completions", json=body)
                 answer.raise_for_status()
                 self.ended.append((time.monotonic(), routed(answer.json()["usage"])))
+            except httpx.ConnectError:  # nobody was there
+                self.started -= len(prompt) + tokens - 1
+                await asyncio.sleep(0.2)
             except Exception:  # a server that was killed answers in many ways
                 self.errors += 1
                 await asyncio.sleep(0.2)
