@@ -15,11 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from moescope import __version__
 from moescope.profiler.errors import InvariantError, ProfileError
-from moescope.profiler.files import write_tensors
+from moescope.profiler.files import PART_KEY, write_tensors
 from moescope.profiler.profile import EngineInfo, LayerInfo
 from moescope.profiler.staged import StagedSums
 
-_KEY: Final = "moescope_part"
 FIELDS: Final = ("tokens", "cells", "weight", "probability", "probability_tokens", "coactivation")
 #: Prompt tokens that the prefix cache had and nobody routed; requests that a client or a stop string ended, counted as
 #: far as they were routed; requests with streaming input, and their tokens, which are not counted.
@@ -80,7 +79,7 @@ def save_part(part: Part, path: Path) -> None:
     }
     arrays = {name: getattr(part.sums, name) for name in FIELDS}
     kept = {name: array for name, array in arrays.items() if array is not None}
-    write_tensors(kept, path, {_KEY: json.dumps(about)})
+    write_tensors(kept, path, {PART_KEY: json.dumps(about)})
 
 
 def load_part(path: Path) -> Part:
@@ -91,7 +90,7 @@ def load_part(path: Path) -> Part:
     """
     try:
         with safe_open(path, framework="numpy") as reader:
-            about = json.loads((reader.metadata() or {})[_KEY])
+            about = json.loads((reader.metadata() or {})[PART_KEY])
             names = set(reader.keys())
             arrays = {name: reader.get_tensor(name) for name in FIELDS if name in names}
         fields = {name: about[name] for name in _ABOUT if name in about}

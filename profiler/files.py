@@ -19,6 +19,7 @@ from moescope.profiler.profile import BUFFERS, RoutingProfile, header, parse_hea
 
 METADATA_KEY: Final = "moescope"
 WEIGHTS_KEY: Final = "moescope_weights"
+PART_KEY: Final = "moescope_part"
 PROFILE_NAME: Final = "profile.safetensors"
 PARTIAL_NAME: Final = "profile.partial.safetensors"
 WEIGHTS_NAME: Final = "weights.safetensors"
@@ -105,6 +106,10 @@ def load_profile(path: str | os.PathLike[str]) -> RoutingProfile:
     if not file.exists():
         raise ProfileError(f"No such file: {file}")
     if file.is_dir():
+        if any(file.glob("part-*.safetensors")):
+            raise ProfileError(
+                f"{file} holds what a server recorded; first join it: moescope merge {file} -o {PROFILE_NAME}"
+            )
         raise ProfileError(f"{file} is a folder; name the file, e.g. {file / PROFILE_NAME}")
     try:
         profile = RoutingProfile(**_read(file))
@@ -123,6 +128,8 @@ def _read(file: Path) -> dict[str, Any]:
         metadata = reader.metadata() or {}
         if WEIGHTS_KEY in metadata:
             raise ProfileError("holds weights and no profile; `moescope report` and `moescope info` take it")
+        if PART_KEY in metadata:
+            raise ProfileError("holds what one rank of a server counted; `moescope merge` takes its folder")
         if METADATA_KEY not in metadata:
             raise ProfileError("a safetensors file, but not a moescope profile")
         fields = parse_header(metadata[METADATA_KEY])

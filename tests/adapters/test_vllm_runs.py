@@ -11,6 +11,7 @@ from vllm_ranks import make_part
 from moescope.adapters.vllm_parts import Part, save_part
 from moescope.adapters.vllm_runs import claim, error_path, load_runs, part_paths, to_profile
 from moescope.profiler.errors import InvariantError, OutputError, ProfileError
+from moescope.profiler.files import load_profile
 from moescope.viz.analysis import _remarks
 
 
@@ -46,6 +47,14 @@ def test_two_servers_on_one_folder_add_up(tmp_path: Path) -> None:
     assert profile.tokens == one.sums.tokens.sum() + two.sums.tokens.sum()
     assert [run.uuid for run in profile.runs] == ["u", "v"]
     assert len(part_paths(tmp_path, "u")) == 1
+
+
+def test_a_folder_of_runs_and_its_files_say_what_to_do(tmp_path: Path) -> None:
+    path = write(tmp_path, make_part((0, 1)))
+    with pytest.raises(ProfileError, match="holds what a server recorded; first join it: moescope merge"):
+        load_profile(tmp_path)
+    with pytest.raises(ProfileError, match="one rank of a server counted"):
+        load_profile(path)
 
 
 def test_a_process_never_writes_into_the_file_of_another(tmp_path: Path) -> None:
