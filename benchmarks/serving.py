@@ -191,7 +191,7 @@ class Load:
     Attributes:
         ended: For each request that was answered: when, and how many tokens were routed for it.
         started: Tokens of all requests that were sent, if each goes to its end.
-        errors: Requests that were not answered.
+        errors: Why requests were not answered.
     """
 
     url: str
@@ -203,7 +203,7 @@ class Load:
     seed: int = 0
     ended: list[tuple[float, int]] = field(default_factory=list)
     started: int = 0
-    errors: int = 0
+    errors: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -225,7 +225,7 @@ class Load:
     async def _run(self) -> None:
         import httpx
 
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_keepalive_connections=0)  # a server may close a connection as it is used again
         async with httpx.AsyncClient(timeout=120, limits=limits) as http:
             await asyncio.gather(*(self._client(http, number) for number in range(self.clients)))
 
@@ -252,6 +252,6 @@ class Load:
             except httpx.ConnectError:  # nobody was there
                 self.started -= len(prompt) + tokens - 1
                 await asyncio.sleep(0.2)
-            except Exception:  # a server that was killed answers in many ways
-                self.errors += 1
+            except Exception as error:  # a server that was killed answers in many ways
+                self.errors.append(repr(error))
                 await asyncio.sleep(0.2)

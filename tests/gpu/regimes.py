@@ -143,7 +143,7 @@ def run_case(name: str, case: dict[str, Any]) -> dict[str, Any]:
     from tests.gpu.shapes import FP8, GPTQ, SMALL, write_config
 
     if "needs" in case and importlib.util.find_spec(case["needs"]) is None:
-        return {"case": name, "ok": True, "skipped": f"vLLM {vllm_version()} has no {case['needs']}"}
+        return {"case": name, "ok": True, "not_run": f"vLLM {vllm_version()} has no {case['needs']}"}
     changes = dict(case["config"])
     quantization = changes.pop("quantization", None)
     if quantization:
@@ -489,10 +489,10 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     failed = [row["case"] for row in rows if not row.get("ok")]
-    skipped = [row["case"] for row in rows if row.get("skipped")]
+    skipped = [row["case"] for row in rows if row.get("not_run")]
     print(
         f"{len(rows) - len(failed) - len(skipped)} of {len(rows)} cases hold; failed: {', '.join(failed) or 'none'}; "
-        f"skipped: {', '.join(skipped) or 'none'}"
+        f"not run: {', '.join(skipped) or 'none'}"
     )
     sys.exit(bool(failed))
 
