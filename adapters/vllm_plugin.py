@@ -34,9 +34,9 @@ VERSIONS: Final = ((0, 26), (0, 34))
 #: Attribute of a worker that holds its recorder.
 _RECORDER: Final = "moescope_recorder"
 #: Methods of a worker's recorder that may be called through RPC: on a server, and by the command that owns the engine.
-_SERVER_CALLS: Final = frozenset({"bound", "describe"})
+_SERVER_CALLS: Final = frozenset({"bound"})
 _CALLS: Final = _SERVER_CALLS | {
-    "trace_to", "traced", "switch", "reset", "unsettled", "dump", "verified", "show", "shown",
+    "describe", "trace_to", "traced", "switch", "reset", "unsettled", "dump", "verified", "show", "shown",
 }  # fmt: skip
 #: Seconds that a server that shuts down waits until its workers have saved.
 _PATIENCE: Final = 5.0

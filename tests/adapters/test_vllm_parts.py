@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace as Space
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from vllm_ranks import make_part
 
+from moescope.adapters import vllm_plugin
 from moescope.adapters.session import choose_engine, open_engine, parse_engine_args
-from moescope.adapters.vllm_ledger import NOTE, Ledger
+from moescope.adapters.vllm_ledger import NOTE, Ledger, SaveClock
 from moescope.adapters.vllm_parts import join, load_part, save_part
 from moescope.adapters.vllm_plugin import supported
 from moescope.adapters.vllm_runs import to_profile
@@ -111,6 +113,33 @@ def test_rejected_drafts_are_limited() -> None:
     ledger.scheduled(_output({"a": 0}, drafts={"a": [1, 2]}), {})
     ledger.scheduled(out := _output(), {"a": _request("a", tokens=9, computed=8)})
     assert getattr(out, NOTE).limits == {"a": 8}
+
+
+def test_a_fault_of_the_ledger_stays_in_the_ledger() -> None:
+    ledger = Ledger()
+    ledger.guarded(ledger.scheduled, _output({"a": 0}), {})
+    assert ledger.failed is None
+    ledger.guarded(ledger.scheduled, _output(cached={"a": 4}, resumed=None), {})
+    ledger.guarded(ledger.scheduled, object(), {})
+    assert ledger.failed is not None
+    assert ledger.failed.startswith("the scheduler's ledger failed: AttributeError")
+    ledger.guarded(ledger.ended, object())  # nothing is done any more
+
+
+def test_a_server_saves_with_a_step_every_few_seconds_and_when_asked(tmp_path: Path) -> None:
+    clock = SaveClock(tmp_path / "save", every=0.2)
+    ledger = Ledger(clock)
+    saves = []
+    for _ in range(3):
+        ledger.scheduled(out := _output(), {})
+        saves.append(getattr(out, NOTE).save)
+    time.sleep(0.25)
+    for touch in (False, False, True, False):
+        if touch:
+            (tmp_path / "save").touch()
+        ledger.scheduled(out := _output(), {})
+        saves.append(getattr(out, NOTE).save)
+    assert saves == [False, False, False, True, False, True, False]
 
 
 def test_a_request_that_was_never_scheduled() -> None:
@@ -232,6 +261,40 @@ def test_workers_of_a_ray_cluster_get_the_settings(
 )
 def test_supported_versions(version: str, expected: bool) -> None:
     assert supported(version) is expected
+
+
+def test_a_server_does_not_start_inside_a_version_that_nobody_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SERVER_VARIABLE, "/rec")
+    monkeypatch.setattr(vllm_plugin, "vllm_version", lambda: "0.34.0")
+    with pytest.raises(
+        OptionError, match=r"vLLM 0\.34\.0 is not supported; moescope records inside vLLM 0\.26 to 0\.33"
+    ):
+        vllm_plugin.register()
+
+
+def test_calls_from_outside_reach_a_few_methods_alone() -> None:
+    class Worker:
+        def load_model(self) -> None:
+            """Nothing."""
+
+    vllm_plugin._wrap_worker(Worker)
+    worker: Any = Worker()
+    assert worker.moescope("bound") is None  # no recorder
+    calls: list[str] = []
+    methods = {name: lambda name=name: calls.append(name) for name in ("bound", "dump", "reset", "switch", "_write")}
+    for serving in (True, False):
+        worker.moescope_recorder = Space(settings=Settings("", serving=serving), **methods)
+        worker.moescope("bound")
+        for name in ("dump", "reset", "switch"):
+            if serving:
+                with pytest.raises(ValueError, match="cannot be called"):
+                    worker.moescope(name)
+            else:
+                worker.moescope(name)
+        for name in ("_write", "__class__", "settings", "recorder"):
+            with pytest.raises(ValueError, match="cannot be called"):
+                worker.moescope(name)
+    assert calls == ["bound", "bound", "dump", "reset", "switch"]
 
 
 def test_engine_arguments() -> None:

@@ -44,6 +44,7 @@ class _Request:
     seen: bool = False
     resumed: bool = False
     ended: bool = False
+    resumable: bool = False
     reached: int = 0
     uncounted: set[int] = field(default_factory=set)
 
@@ -222,7 +223,7 @@ class _Simulation:
         else:
             last = request.num_tokens - 1
         number = int(request.request_id)
-        for position in set(range(last)) - request.uncounted:
+        for position in set() if request.resumable else set(range(last)) - request.uncounted:
             phase = int(position >= request.prompt)
             for layer, ids in enumerate(_chosen(request.request_id, position)):
                 self.expected[number % 2, phase, number % 16, layer, ids] += 1
@@ -334,6 +335,52 @@ def test_a_wrong_length_is_found() -> None:
     with pytest.raises(AssertionError):
         simulation.run()
     assert "request 3" in (simulation.worker._error or "")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("depth", "as_new"), [(1, False), (2, False), (2, True)])
+def test_requests_with_streaming_input_are_left_out(seed: int, depth: int, as_new: bool) -> None:
+    simulation = _Simulation(seed, depth=depth, drafts=0, as_new=as_new)
+    for request in simulation.waiting[::5]:
+        request.resumable = True
+    left_out = len(simulation.waiting[::5])
+    simulation.run()
+    np.testing.assert_array_equal(simulation.worker.recorder.drain().cells, simulation.expected)
+    assert simulation.worker._remarks["left_out_requests"] == left_out == 12 - simulation.worker._requests
+    assert simulation.worker._remarks["left_out_tokens"] > 0
+
+
+def test_steps_that_the_scheduler_forgets_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moescope.adapters import vllm_worker
+
+    monkeypatch.setattr(vllm_worker, "_MOST_OPEN", 5)
+    simulation = _Simulation(0, depth=2, drafts=0, as_new=False)
+    simulation.ledger.taken_in = lambda output: None  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
+        simulation.run()
+    assert "has not said for 6 steps" in (simulation.worker._error or "")
+    assert simulation.worker.unsettled() == 0
+    simulation.worker.recorder.peek()  # type: ignore[union-attr] # what was counted adds up
+
+
+def test_what_was_counted_before_a_fault_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = _Simulation(3, depth=2, drafts=0, as_new=False)
+    learn, steps = simulation.worker._learn, []
+
+    def failing(output: Any) -> None:
+        steps.append(output)
+        if len(steps) == 12:
+            raise MemoryError("no room")
+        learn(output)
+
+    monkeypatch.setattr(simulation.worker, "_learn", failing)
+    with pytest.raises(AssertionError):
+        simulation.run()
+    assert simulation.worker._error == "the recorder failed: MemoryError: no room"
+    assert simulation.worker._believed
+    sums = simulation.worker.recorder.peek()  # type: ignore[union-attr]
+    assert 0 < sums.tokens.sum() < simulation.expected.sum() / LAYERS / K
+    assert (sums.cells <= simulation.expected).all()
 
 
 def test_the_first_rows_rather_than_a_sample() -> None:
