@@ -42,6 +42,7 @@ class Row:
     holds: bool
     mb_a_minute: float | None = None
     last_third: float | None = None
+    cost_growth: float | None = None
 
 
 def recorded(folder: Path, known: set[Path]) -> int:
@@ -57,13 +58,19 @@ def limit_files(pids: Sequence[int], size: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
 
 
-def steady(server: Server, load: Load, seconds: float) -> tuple[float, float]:
-    """Load with a full disk in the middle; MB of resident memory a minute, and throughput of the last third / first."""
+def steady(server: Server, load: Load, seconds: float) -> dict[str, float]:
+    """Load with a full disk in the middle.
+
+    Returns:
+        Growth of resident memory; throughput of the last third over that of the first; and, free of how fast the machine
+        happens to be, the engine's CPU time over the front end's, last third over first.
+    """
     workers = [pid for name, pid in server.processes().items() if name != "front end"]
     begin = time.monotonic()
     samples, full, free = [], False, False
     while (now := time.monotonic() - begin) < seconds:
-        samples.append((now, server.resident() / 1e6, load.tokens()))
+        front, engine = server.cpu_seconds()
+        samples.append((now, server.resident() / 1e6, load.tokens(), front, engine))
         if not full and now > seconds / 3:
             limit_files(workers, 1024)
             full = True
@@ -76,12 +83,18 @@ def steady(server: Server, load: Load, seconds: float) -> tuple[float, float]:
         raise AssertionError("the disk was full, and nobody noticed")
     for error in load.errors[:3]:
         print(f"not answered: {error}", flush=True)
-    times, memory, tokens = np.array(samples).T
+    times, memory, tokens, front, engine = np.array(samples).T
     warm = times > seconds / 2  # vLLM's own buffers and cache are touched for the first time before
-    slope = float(np.polyfit(times[warm], memory[warm], 1)[0]) * 60
-    third = np.interp([seconds / 12, seconds / 3, seconds * 2 / 3, seconds], times, tokens)
-    rates = (third[1] - third[0]) / (seconds / 4), (third[3] - third[2]) / (seconds / 3)
-    return slope, float(rates[1] / rates[0])
+    columns = {"tokens": tokens, "front": front, "engine": engine}
+    ends = [seconds / 12, seconds / 3, seconds * 2 / 3, seconds]
+    spans = {name: np.diff(np.interp(ends, times, values))[[0, 2]] for name, values in columns.items()}
+    first, last = spans["tokens"] / np.diff(ends)[[0, 2]]
+    cost = spans["engine"] / spans["front"]
+    return {
+        "mb_a_minute": round(float(np.polyfit(times[warm], memory[warm], 1)[0]) * 60, 2),
+        "last_third": round(float(last / first), 3),
+        "cost_growth": round(float(cost[1] / cost[0]), 3),
+    }
 
 
 def soak(
@@ -110,16 +123,14 @@ def soak(
             load = Load(server.url, clients, vocabulary, seed=number)
             load.start()
             if case == "drained":
-                slope, third = steady(server, load, length)
+                figures = steady(server, load, length)
                 load.stop()
                 least = most = load.tokens()
                 done = server.stop()
                 print(f"exit code {done}", flush=True)
                 tokens = recorded(record, known)
                 holds = not load.errors and least == tokens == most
-                rows.append(
-                    Row(case, length, len(load.ended), least, tokens, most, holds, round(slope, 2), round(third, 3))
-                )
+                rows.append(Row(case, length, len(load.ended), least, tokens, most, holds, **figures))
                 print(json.dumps(asdict(rows[-1])), flush=True)
                 continue
             time.sleep(max(length, 2 * MARGIN))
@@ -176,7 +187,11 @@ def main() -> None:
             f"| {row.case} | {row.requests:,} | {row.ended:,} | {row.recorded:,} | {row.started:,} | "
             f"{'holds' if row.holds else 'FAILS'} |"
         )
-    print(f"merged: {total:,}; memory {rows[0].mb_a_minute} MB a minute; last third {rows[0].last_third} of the first")
+    first = rows[0]
+    print(
+        f"merged: {total:,}; memory {first.mb_a_minute} MB a minute; throughput {first.last_third} of the first third's,"
+    )
+    print(f"the engine's CPU time over the front end's {first.cost_growth} of the first third's")
     sys.exit(not all(row.holds for row in rows) or total != sum(row.recorded for row in rows))
 
 

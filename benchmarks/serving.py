@@ -142,6 +142,20 @@ class Server:
                 total += psutil.Process(pid).memory_full_info().uss
         return total
 
+    def cpu_seconds(self) -> tuple[float, float]:
+        """CPU seconds of the front end, and of all other processes."""
+        import psutil
+
+        front = engine = 0.0
+        for name, pid in self.processes().items():
+            with contextlib.suppress(psutil.Error):
+                times = psutil.Process(pid).cpu_times()
+                if name == "front end":
+                    front += times.user + times.system
+                else:
+                    engine += times.user + times.system
+        return front, engine
+
     def stop(self, patience: float = 60.0) -> int:
         """SIGTERM, and its exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -211,6 +225,20 @@ class Load:
         """Begin, in a thread."""
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
+
+    def cpu_seconds(self) -> tuple[float, float]:
+        """CPU seconds of the front end, and of all other processes."""
+        import psutil
+
+        front = engine = 0.0
+        for name, pid in self.processes().items():
+            with contextlib.suppress(psutil.Error):
+                times = psutil.Process(pid).cpu_times()
+                if name == "front end":
+                    front += times.user + times.system
+                else:
+                    engine += times.user + times.system
+        return front, engine
 
     def stop(self, patience: float = 60.0) -> None:
         """Send no more requests and wait for the answers that are due."""
