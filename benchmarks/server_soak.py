@@ -62,8 +62,8 @@ def steady(server: Server, load: Load, seconds: float) -> dict[str, float]:
     """Load with a full disk in the middle.
 
     Returns:
-        Growth of resident memory; throughput of the last third over that of the first; and, free of how fast the machine
-        happens to be, the engine's CPU time over the front end's, last third over first.
+        Growth of resident memory; throughput of the last third over that of the first; and, free of how fast the
+        machine happens to be, the engine's CPU time over the front end's, last third over first.
     """
     workers = [pid for name, pid in server.processes().items() if name != "front end"]
     begin = time.monotonic()
