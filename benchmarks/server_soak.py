@@ -188,9 +188,7 @@ def main() -> None:
             f"{'holds' if row.holds else 'FAILS'} |"
         )
     first = rows[0]
-    print(
-        f"merged: {total:,}; memory {first.mb_a_minute} MB a minute; throughput {first.last_third} of the first third's,"
-    )
+    print(f"merged: {total:,}; memory {first.mb_a_minute} MB a minute; last third {first.last_third} of the first")
     print(f"the engine's CPU time over the front end's {first.cost_growth} of the first third's")
     sys.exit(not all(row.holds for row in rows) or total != sum(row.recorded for row in rows))
 
