@@ -42,6 +42,7 @@ _LLM = "vllm/entrypoints/llm.py"
 _CORE = "vllm/v1/engine/core.py"
 _CLIENT = "vllm/v1/engine/core_client.py"
 _ARGUMENTS = "vllm/engine/arg_utils.py"
+_MANAGERS = "vllm/v1/engine/utils.py"
 _CONFIG = "vllm/config/vllm.py"
 _CACHE_MANAGER = "vllm/v1/core/kv_cache_manager.py"
 _ROUTED = f"{_MOE}/routed_experts.py"
@@ -77,7 +78,7 @@ MEMBERS: tuple[tuple[str, str | None, str], ...] = (
     ),
     (_STEP, "NewRequestData", "req_id prompt_token_ids prompt_embeds sampling_params num_computed_tokens"),
     (_STEP, "CachedRequestData", "req_ids resumed_req_ids num_computed_tokens"),
-    (_REQUEST, "Request", "request_id num_tokens num_computed_tokens status"),
+    (_REQUEST, "Request", "request_id num_tokens num_computed_tokens status resumable"),
     (_REQUEST, "RequestStatus", "FINISHED_ABORTED FINISHED_ERROR"),
     # the worker and its model runners
     (_WORKER, "Worker", "model_runner"),
@@ -149,6 +150,7 @@ MEMBERS: tuple[tuple[str, str | None, str], ...] = (
     ("vllm/v1/engine/llm_engine.py", "LLMEngine", "engine_core"),
     (_CLIENT, "InprocClient", "engine_core shutdown"),
     (_CLIENT, "EngineCoreClient", "shutdown"),
+    (_MANAGERS, "CoreEngineProcManager", "processes"),
     (_CORE, "EngineCore", "step_fn"),
     (
         _ARGUMENTS,
@@ -217,6 +219,14 @@ FACTS: tuple[tuple[str, str | None, str | None, str, int | None], ...] = (
     (_RUNNER_V2, "GPUModelRunner", "execute_model", "ExecuteModelState(", 1),
     # a salt is part of the hash of a request's first block, and so of all of them
     ("vllm/v1/core/kv_cache_utils.py", None, "generate_block_hash_extra_keys", "request.cache_salt", None),
+    # a front end that shuts down stops its engines here, whichever way it was started
+    (_CLIENT, "MPClient", "shutdown", "self.resources.engine_manager.shutdown(", 1),
+    ("vllm/entrypoints/cli/serve.py", None, "run_multi_api_server", "local_engine_manager.shutdown(", 1),
+    ("vllm/entrypoints/cli/serve.py", None, "run_headless", "engine_manager.shutdown(", 1),
+    # an engine core loads plug-ins before its workers' models, and sets their caches up after
+    (_CORE, "EngineCore", "__init__", "self._initialize_kv_caches(", 1),
+    # which environment variables the workers of a Ray cluster get
+    ("vllm/ray/ray_env.py", None, None, "envs.VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", None),
     # what a router chose
     (_BASE_ROUTER, "BaseRouter", "_select_experts", "self._compute_routing(", 1),
     (_BASE_ROUTER, "BaseRouter", None, "self._compute_routing(", 1),
