@@ -2,19 +2,23 @@
 
     python -m benchmarks.server_soak --model DIR --minutes 20     # a checkpoint without a tokenizer will do
 
-One folder takes the runs of all servers. For each run, with T = Σ (prompt − cached + completion − 1) over requests:
+One folder takes the runs of all servers, some of them at the same time. For each run, with
+T = Σ (prompt − cached + completion − 1) over requests:
 T of requests that had ended 5 s before a kill ≤ T recorded ≤ T of all that were started; after SIGTERM, all that had
 ended; and where the load was drained, equality. The disk of the first run is full for a while in the middle.
 """
 
 import argparse
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +26,7 @@ import numpy as np
 
 from benchmarks.serving import Load, Server
 from moescope.adapters.vllm_parts import load_part
+from moescope.adapters.vllm_runs import part_paths
 
 #: Seconds before a kill from which on nothing is promised.
 MARGIN = 5.0
@@ -45,11 +50,10 @@ class Row:
     cost_growth: float | None = None
 
 
-def recorded(folder: Path, known: set[Path]) -> int:
-    """Tokens in the parts of the newest run, which `known` learns."""
-    new = set(folder.glob("part-*.safetensors")) - known
-    known |= new
-    return sum(int(load_part(path).sums.tokens.sum()) for path in new if path.stat().st_size)
+def recorded(folder: Path, run: str) -> int:
+    """Tokens in the parts of a run."""
+    parts = [path for path in part_paths(folder, run) if path.stat().st_size]
+    return sum(int(load_part(path).sums.tokens.sum()) for path in parts)
 
 
 def limit_files(pids: Sequence[int], size: int) -> None:
@@ -97,12 +101,11 @@ def steady(server: Server, load: Load, seconds: float) -> dict[str, float]:
     }
 
 
-def soak(
-    model: Path, folder: Path, minutes: float, clients: int, vocabulary: int, arguments: Sequence[str]
-) -> list[Row]:
-    """Run all cases.
+@dataclass(frozen=True)
+class Soak:
+    """What all runs have in common.
 
-    Args:
+    Attributes:
         model: Folder of a checkpoint.
         folder: Where logs go; the servers record into `recorded` in it.
         minutes: How long, without the servers' starts.
@@ -110,51 +113,64 @@ def soak(
         vocabulary: Token ids are below this.
         arguments: Of `vllm serve`.
     """
-    record = folder / "recorded"
-    known: set[Path] = set()
-    rows = []
-    seconds = minutes * 60
-    lengths = {"drained": seconds * 0.6, "SIGTERM": seconds * 0.1} | {
-        f"kill -9 {victim}": seconds * 0.1 for victim in ("front end", "engine core", "worker 0")
-    }
-    for number, (case, length) in enumerate(lengths.items()):
-        with Server(model, folder, record, ["--enable-prompt-tokens-details", *arguments]) as server:
+
+    model: Path
+    folder: Path
+    minutes: float
+    clients: int
+    vocabulary: int
+    arguments: Sequence[str]
+
+    def run(self) -> list[Row]:
+        """Load that is drained, then SIGTERM and kills under load, two servers at a time on the one folder."""
+        with ThreadPoolExecutor(2) as pool:
+            victims = ["SIGTERM", "front end", "engine core", "worker 0"]
+            return [self.drained(), *pool.map(self.ended, victims)]
+
+    def server(self, run: str) -> Server:
+        """A server whose run has this name."""
+        arguments = ["--enable-prompt-tokens-details", *self.arguments]
+        return Server(self.model, self.folder, self.folder / "recorded", arguments, {"MOESCOPE_RUN": run})
+
+    def drained(self) -> Row:
+        """A full disk in the middle, load that comes to its end, SIGTERM: what is recorded is what was served."""
+        seconds = self.minutes * 60 * 0.6
+        with self.server("drained") as server:
             server.wait_until_up()
-            load = Load(server.url, clients, vocabulary, seed=number)
-            load.start()
-            if case == "drained":
-                figures = steady(server, load, length)
-                load.stop()
-                least = most = load.tokens()
-                done = server.stop()
-                print(f"exit code {done}", flush=True)
-                tokens = recorded(record, known)
-                holds = not load.errors and least == tokens == most
-                rows.append(Row(case, length, len(load.ended), least, tokens, most, holds, **figures))
-                print(json.dumps(asdict(rows[-1])), flush=True)
-                continue
-            time.sleep(max(length, 2 * MARGIN))
-            victims = server.processes()
-            now = time.monotonic()
-            if case == "SIGTERM":
-                least = load.tokens(now)
-                server.terminate()
-            else:
-                least = load.tokens(now - MARGIN)
-                victim = case.removeprefix("kill -9 ")
-                if victim not in victims:  # an engine whose worker lives in the core
-                    continue
-                subprocess.run(["kill", "-9", str(victims[victim])], check=True)
-                deadline = time.monotonic() + 20
-                while server.process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.2)
-            server.kill_all()
-            load.stop()
-        tokens = recorded(record, known)
-        holds = least <= tokens <= load.started and least > 0
-        rows.append(Row(case, max(length, 2 * MARGIN), len(load.ended), least, tokens, load.started, holds))
-        print(json.dumps(asdict(rows[-1])), flush=True)
-    return rows
+            with Load(server.url, self.clients, self.vocabulary) as load:
+                figures = steady(server, load, seconds)
+            code = server.stop()
+        served, tokens = load.tokens(), recorded(self.folder / "recorded", "drained")
+        holds = code == 0 and not load.errors and served == tokens
+        return _told(Row("drained", seconds, len(load.ended), served, tokens, load.started, holds, **figures))
+
+    def ended(self, how: str) -> Row:
+        """SIGTERM, or kill -9 of one process, under load."""
+        seconds = max(self.minutes * 60 * 0.1, 2 * MARGIN)
+        run = how.replace(" ", "-")
+        with self.server(run) as server:
+            server.wait_until_up()
+            with Load(server.url, self.clients, self.vocabulary, seed=len(how)) as load:
+                time.sleep(seconds)
+                processes, now = server.processes(), time.monotonic()
+                if how == "SIGTERM":
+                    least = load.tokens(now)
+                    server.terminate()
+                else:
+                    least = load.tokens(now - MARGIN)
+                    os.kill(processes.get(how, processes["engine core"]), signal.SIGKILL)
+                    deadline = time.monotonic() + 20
+                    while server.process.poll() is None and time.monotonic() < deadline:
+                        time.sleep(0.2)
+                    server.kill_all()
+        tokens = recorded(self.folder / "recorded", run)
+        holds = 0 < least <= tokens <= load.started
+        return _told(Row(how, seconds, len(load.ended), least, tokens, load.started, holds))
+
+
+def _told(row: Row) -> Row:
+    print(json.dumps(asdict(row)), flush=True)
+    return row
 
 
 def merge(folder: Path) -> int:
@@ -178,7 +194,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
-        rows = soak(options.model, folder, options.minutes, options.clients, options.vocabulary, options.arguments)
+        rows = Soak(
+            options.model, folder, options.minutes, options.clients, options.vocabulary, options.arguments
+        ).run()
         total = merge(folder)
     print("| run | requests | ended before | recorded | started |  |")
     print("|---|---:|---:|---:|---:|---|")

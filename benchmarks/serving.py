@@ -71,6 +71,7 @@ class Server:
         if old := os.environ.get("PYTHONPATH"):
             found.append(Path(old))
         own = {"PYTHONPATH": os.pathsep.join(map(str, found)), "VLLM_CPU_KVCACHE_SPACE": "1"}
+        own["VLLM_LOGGING_LEVEL"] = "INFO"  # tests read what the log says
         own |= {} if record is None else {"MOESCOPE_RECORD": str(record)}
         program = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
         command = [program] if program else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -200,7 +201,7 @@ def routed(usage: Mapping[str, Any]) -> int:
 
 @dataclass
 class Load:
-    """Clients that send requests one after the other until they are told to stop.
+    """Clients that send requests one after the other, for a `with` block or until they are told to stop.
 
     Attributes:
         ended: For each request that was answered: when, and how many tokens were routed for it.
@@ -221,30 +222,18 @@ class Load:
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin, in a thread."""
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
+        return self
 
-    def cpu_seconds(self) -> tuple[float, float]:
-        """CPU seconds of the front end, and of all other processes."""
-        import psutil
-
-        front = engine = 0.0
-        for name, pid in self.processes().items():
-            with contextlib.suppress(psutil.Error):
-                times = psutil.Process(pid).cpu_times()
-                if name == "front end":
-                    front += times.user + times.system
-                else:
-                    engine += times.user + times.system
-        return front, engine
-
-    def stop(self, patience: float = 60.0) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Send no more requests and wait for the answers that are due."""
         self._stop.set()
-        assert self._thread is not None
-        self._thread.join(patience)
+        if self._thread is not None:
+            self._thread.join(60)
 
     def tokens(self, until: float = float("inf")) -> int:
         """Tokens of the requests that were answered by then."""

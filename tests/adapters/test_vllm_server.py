@@ -21,7 +21,9 @@ if "MOESCOPE_NO_SKIPS" not in os.environ:
 from vllm_models import save_checkpoint
 
 import moescope
-from benchmarks.serving import Load, Server, routed
+from benchmarks.server_soak import Soak
+from benchmarks.server_soak import merge as merge_all
+from benchmarks.serving import Server
 from moescope.adapters.vllm_runs import load_runs
 from moescope.profiler.errors import InvariantError, ProfileError
 from moescope.profiler.profile import RoutingProfile
@@ -146,42 +148,6 @@ def test_a_server_counts_what_it_serves_whatever_its_clients_send(tmp_path: Path
     assert (run.engine.name, run.prompts, run.complete) == ("vllm", len(requests), True)
     assert run.settings["aborted_requests"] == 1
     assert [path.name for path in record.iterdir()] == [part.name]  # no error, no trigger is left
-
-
-def test_servers_share_a_folder_and_a_stop_under_load_loses_nothing(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    save_checkpoint("qwen3_moe", model)
-    record = tmp_path / "recorded"
-    arguments = [*ARGUMENTS, "--max-model-len=256", "--skip-tokenizer-init", "--enable-prompt-tokens-details"]
-    least = most = 0
-    with Server(model, tmp_path, record, arguments) as one, Server(model, tmp_path, record, arguments) as two:
-        loads = []
-        for number, server in enumerate((one, two)):
-            server.wait_until_up()
-            loads.append(Load(server.url, 8, 128, seed=number))
-            loads[-1].start()
-        time.sleep(6)
-        saved = wait_for(lambda: load_runs(record))  # while both are busy
-        assert len(saved.runs) == 2
-        for server, load in zip((one, two), loads, strict=True):
-            least += load.tokens()
-            server.terminate()
-        for load in loads:
-            load.stop()
-            most += load.started
-    assert len(list(record.glob("part-*"))) == 2
-    profile = load_runs(record)
-    assert least <= profile.tokens <= most
-    assert profile.tokens > saved.tokens
-    before = profile.tokens
-    # a restart into the same folder goes on as a new run
-    with Server(model, tmp_path, record, arguments) as again:
-        again.wait_until_up()
-        answer = again.complete([9, 8, 7], 5)
-        again.stop()
-    profile = load_runs(record)
-    assert profile.tokens == before + routed(answer["usage"]) == before + 3 + 4
-    assert len(profile.runs) == 3
 
 
 def test_a_fault_in_the_scheduler_ends_the_recording_and_not_the_server(tmp_path: Path) -> None:
@@ -313,14 +279,11 @@ def test_a_session_whose_input_streams_is_left_out_and_counted_as_such(tmp_path:
 
 @pytest.mark.slow
 def test_a_short_soak(tmp_path: Path) -> None:
-    """The short form of `benchmarks/server_soak.py`: kills, a full disk, SIGTERM, restarts into one folder."""
-    from benchmarks.server_soak import merge as merged
-    from benchmarks.server_soak import soak
-
+    """The short form of `benchmarks/server_soak.py`: a full disk, then SIGTERM and kills of servers on one folder."""
     model = tmp_path / "model"
     save_checkpoint("qwen3_moe", model)
     arguments = [*ARGUMENTS, "--max-model-len=256", "--skip-tokenizer-init"]
-    rows = soak(model, tmp_path, 1.0, 64, 128, arguments)
-    assert [row.case for row in rows if not row.holds] == []
-    assert len(rows) == 5
-    assert merged(tmp_path) == sum(row.recorded for row in rows)
+    rows = Soak(model, tmp_path, 0.7, 64, 128, arguments).run()
+    assert [row for row in rows if not row.holds] == []
+    assert [row.case for row in rows] == ["drained", "SIGTERM", "front end", "engine core", "worker 0"]
+    assert merge_all(tmp_path) == sum(row.recorded for row in rows)
