@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     llm = LLM(
         model=write_config(folder / "model", shape),
         load_format="dummy",
+        trust_remote_code=False,
         skip_tokenizer_init=True,
         max_model_len=min(32768, shape.get("max_position_embeddings", 4096)),
         max_num_seqs=64,
