@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moescope.adapters.encoding import encode_prompts, first_line, token_texts
 from moescope.adapters.folders import check_folder
 from moescope.adapters.vllm_parts import engine_info, join, load_part
-from moescope.adapters.vllm_plugin import install, loads_plugin, supported, vllm_version
+from moescope.adapters.vllm_plugin import SUPPORTED, install, loads_plugin, supported, vllm_version
 from moescope.adapters.vllm_settings import (
     CHOICES,
     DOMAIN_KEY,
@@ -473,7 +473,7 @@ def _check_environment() -> None:
     if version is None:
         raise OptionError("--engine vllm needs vLLM, which is not installed: pip install 'moescope[vllm]'")
     if not supported(version):
-        raise OptionError(f"vLLM {version} is not supported; moescope records inside vLLM 0.26 to 0.33")
+        raise OptionError(f"vLLM {version} is not supported; moescope records inside {SUPPORTED}")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise OptionError("the routing would be simulated: unset VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
     if not loads_plugin():

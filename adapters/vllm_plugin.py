@@ -31,6 +31,8 @@ from moescope.profiler.errors import MoescopeError, OptionError
 NAME: Final = "moescope"
 #: First and first unsupported version of vLLM.
 VERSIONS: Final = ((0, 26), (0, 34))
+#: The same in words.
+SUPPORTED: Final = f"vLLM 0.{VERSIONS[0][1]} to 0.{VERSIONS[1][1] - 1}"
 #: Attribute of a worker that holds its recorder.
 _RECORDER: Final = "moescope_recorder"
 #: Methods of a worker's recorder that may be called through RPC: on a server, and by the command that owns the engine.
@@ -123,8 +125,7 @@ def register() -> None:
         version = vllm_version() or "unknown"
         if not supported(version):
             raise OptionError(
-                f"{SERVER_VARIABLE} is set, but vLLM {version} is not supported; moescope records inside vLLM "
-                f"{'.'.join(map(str, VERSIONS[0]))} to 0.{VERSIONS[1][1] - 1}"
+                f"{SERVER_VARIABLE} is set, but vLLM {version} is not supported; moescope records inside {SUPPORTED}"
             )
         name_run()
         settings = Settings.from_environment()
@@ -163,8 +164,14 @@ def install() -> None:
 
 def _clock() -> SaveClock | None:
     """The clock of a server's scheduler; an engine that a command owns saves nothing by itself."""
+    settings = _serving()
+    return None if settings is None else SaveClock(trigger_path(settings))
+
+
+def _serving() -> Settings | None:
+    """What the environment asks a server to record, or None."""
     settings = Settings.from_environment()
-    return SaveClock(trigger_path(settings)) if settings is not None and settings.serving else None
+    return settings if settings is not None and settings.serving else None
 
 
 def _wrap_core(core: Any) -> None:
@@ -211,8 +218,8 @@ def _wrap_manager(manager: Any) -> None:
 
 
 def _remove_trigger() -> None:
-    settings = Settings.from_environment()
-    if settings is not None and settings.serving:
+    settings = _serving()
+    if settings is not None:
         with contextlib.suppress(OSError):
             trigger_path(settings).unlink(missing_ok=True)
 
@@ -221,8 +228,8 @@ def _save_all(processes: list[Any]) -> None:
     """Ask the workers of a server for a save, and wait until they have done it, if they are alive."""
     from moescope.adapters.vllm_runs import part_paths
 
-    settings = Settings.from_environment()
-    if settings is None or not settings.serving:
+    settings = _serving()
+    if settings is None:
         return
     parts = part_paths(Path(settings.folder), settings.run)
     trigger = trigger_path(settings)
